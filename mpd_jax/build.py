@@ -1,0 +1,448 @@
+"""RunConfig into live objects; the only place that matches on recipe values.
+
+1. mesh   2. model files, tokenizers, and whether they fit together   3. problems   4. whether sizes fit
+5. how the run starts: resume its checkpoint, else the Hugging Face weights   6. samplers   7. the recipe's callables
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mpd_jax.config import RunConfig, flat, under
+from mpd_jax.data.batching import to_batch
+from mpd_jax.data.chat import Chat, Contexts, require_same_prompts
+from mpd_jax.data.problems import ProblemsConfig, ProblemSet, read, refuse_overlap
+from mpd_jax.eval.grade import grade
+from mpd_jax.models.config import ModelSpec
+from mpd_jax.models.decoder import Model
+from mpd_jax.models.hf_weights import eos_ids, load_config, load_weights
+from mpd_jax.models.locate import locate
+from mpd_jax.recipe import rewrite, target, write
+from mpd_jax.recipe.recipe import Recipe
+from mpd_jax.sampling.jax_sampler import JaxSampler
+from mpd_jax.sharding import MeshConfig, make_mesh
+from mpd_jax.train.checkpoint import Checkpoints
+from mpd_jax.train.loop import Parts
+from mpd_jax.train.metrics import Clock, Metrics, PhaseLog, Row
+from mpd_jax.train.records import Records
+from mpd_jax.train.state import (
+    NEW_MEMORY,
+    RunState,
+    Trained,
+    init_opt_state,
+    new_state,
+    optimiser,
+    trained_shardings,
+)
+from mpd_jax.train.step import make_update
+from mpd_jax.types import Batch, Problem, Trajectory, UserError
+
+TINY = Path(__file__).parent / "tiny_world"
+TINY_TRAINING, TINY_HELDOUT = 20_000, 2_000
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's directory and what is read from it without its weights."""
+
+    key: str
+    directory: Path
+    model: Model
+    chat: Chat
+    eos_ids: frozenset[int]
+    param_dtype: str
+
+    def weights(self, mesh: Mesh) -> Any:
+        return load_weights(self.directory, self.model, mesh, self.param_dtype)
+
+
+def open_model(key: str, spec: ModelSpec, contexts: Contexts) -> ModelFiles:
+    """The files of a config section `key` (student, teacher, rewriter). Errors name the section."""
+    kind, _, name = spec.path.partition(":")
+    if kind == "tiny" and name not in ("student", "teacher"):
+        raise UserError(
+            f"{key}.path: {spec.path!r} is not allowed; tiny:student and tiny:teacher ship with the package"
+        )
+    try:
+        directory = TINY / name if kind == "tiny" else locate(spec.path, spec.revision)
+        stops = eos_ids(directory)
+        model = Model(load_config(directory), spec.dtype, spec.remat)
+        chat = Chat(directory, stops, spec.thinking, contexts)
+    except UserError as error:
+        raise UserError(f"{key}.path: {error}") from None
+    if chat.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{key}.path: {spec.path} has a tokenizer of {chat.vocab_size} ids for a model of "
+            f"{model.config.vocab_size}; the directory mixes two models' files"
+        )
+    return ModelFiles(key, directory, model, chat, stops, spec.param_dtype)
+
+
+def tiny_contexts() -> dict[str, str]:
+    """The wordings that the shipped models were trained on."""
+    from mpd_jax.tiny_world.corpus import CONTEXTS
+
+    return {field.name: CONTEXTS[field.name] for field in dataclasses.fields(Contexts)}
+
+
+def read_problems(config: ProblemsConfig, split: Literal["train", "heldout"]) -> tuple[Problem, ...]:
+    """The problems of `problems.train` or `problems.heldout`."""
+    if getattr(config, split) != "tiny":
+        return read(config, split)
+    from mpd_jax.tiny_world import generator
+
+    if split == "train":
+        return tuple(generator.train_problems(TINY_TRAINING, seed=0))
+    return tuple(generator.heldout_problems(TINY_HELDOUT, seed=0))
+
+
+def make_sampler(files: ModelFiles, config: RunConfig, mesh: Mesh, prompt: int, response: int) -> JaxSampler:
+    """A sampler of this model for prompts and responses of these lengths, in tokens."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.sampling.slots % shards:
+        raise UserError(
+            f"sampling.slots: {config.sampling.slots} slots do not divide over mesh.data x mesh.fsdp = {shards} "
+            f"devices; choose a multiple of {shards}"
+        )
+    window = files.model.config.max_position_embeddings
+    if prompt + response > window:
+        raise UserError(
+            f"{files.key}: prompts of {prompt} and responses of {response} tokens exceed the model's window of "
+            f"{window}; lower sampling.prompt_tokens, sampling.writer.max_tokens or the role's max_tokens"
+        )
+    return JaxSampler(
+        files.model,
+        mesh,
+        files.eos_ids,
+        slots=config.sampling.slots,
+        prompt_length=prompt,
+        max_length=prompt + response,
+        prefill_chunk=config.sampling.prefill_chunk,
+        prefill_rows=config.sampling.prefill_rows,
+        vocab_size=files.chat.vocab_size,
+        dtype=jnp.dtype(files.model.dtype),
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, ready to train and to be evaluated. `load_student` gives weights to every sampler that serves them."""
+
+    config: RunConfig
+    mesh: Mesh
+    student: ModelFiles
+    heldout: tuple[Problem, ...]
+    student_sampler: JaxSampler
+    load_student: Callable[[Any, int], None]
+    parts: Parts
+    close: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The models of a run by role; the same object where one model plays several. None: nobody needs it."""
+
+    student: ModelFiles
+    teacher: ModelFiles | None
+    rewriter: ModelFiles | None
+
+    def target(self, recipe: Recipe) -> ModelFiles | None:
+        """The files whose model reads as the target."""
+        if recipe.target.weights == "none":
+            return None
+        return self.teacher if recipe.target.weights == "teacher" else self.student
+
+
+def open_roles(config: RunConfig) -> Roles:
+    """Step 2: the files of every role that the recipe needs, refused unless they fit together."""
+    recipe = config.recipe
+    contexts = recipe.contexts
+    student = open_model("student", config.student, contexts)
+    compress, teacher = recipe.rewrite.how == "compress", None
+    teacher_rewrites = compress and recipe.rewrite.by == "teacher" and config.rewriter is None
+    if config.teacher and (recipe.write.by == "teacher" or recipe.target.weights == "teacher" or teacher_rewrites):
+        teacher = open_model("teacher", config.teacher, contexts)
+    rewriter = None
+    if compress:
+        named = open_model("rewriter", config.rewriter, contexts) if config.rewriter else teacher
+        rewriter = student if recipe.rewrite.by == "student" else named
+    if recipe.rewrite.how == "truncate" and not student.chat.thinks:
+        raise UserError(
+            "recipe.rewrite.how: truncate cuts the thinking span, and the student's template has none "
+            "(student.thinking); set student.thinking=true or rewrite otherwise"
+        )
+    for files in (teacher, rewriter):
+        if files is not None and files is not student and recipe.target.weights != "none":
+            require_same_prompts(student.chat, files.chat, files.key)
+            if student.eos_ids.isdisjoint(files.eos_ids):
+                raise UserError(
+                    f"{files.key}.path: its responses end with ids {sorted(files.eos_ids)}, the student's with "
+                    f"{sorted(student.eos_ids)}; mend eos_token_id in one generation_config.json, for lengths explode "
+                    "when a student is pulled to another end"
+                )
+    return Roles(student, teacher, rewriter)
+
+
+def check_sizes(config: RunConfig, roles: Roles, mesh: Mesh, problems: Sequence[Problem]) -> None:
+    """Step 4: what would otherwise fail in the middle of a run."""
+    if jax.process_count() > 1:
+        raise UserError(f"{jax.process_count()} processes: a run is one process; start it on one host")
+    rows, pieces = config.train.batch_size * config.recipe.write.attempts, config.train.micro_batches
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (shards * pieces):
+        raise UserError(
+            f"train.batch_size: {config.train.batch_size} x {config.recipe.write.attempts} attempts = {rows} rows do "
+            f"not divide into train.micro_batches = {pieces} over mesh.data x mesh.fsdp = {shards} devices; choose a "
+            f"multiple of {shards * pieces}"
+        )
+    reading = [files for files in (roles.student, roles.target(config.recipe)) if files]
+    for files in reading:
+        window = files.model.config.max_position_embeddings
+        if config.train.max_length > window:
+            raise UserError(
+                f"train.max_length: {config.train.max_length} tokens exceed the window of {window} of the "
+                f"{files.key}; lower it"
+            )
+    # A prompt's tokens grow with its characters; rendering every problem of a large set would take minutes.
+    for problem in sorted(problems, key=lambda p: len(p.question), reverse=True)[:256]:
+        length = len(roles.student.chat.prompt("plain", problem))
+        if length > config.sampling.prompt_tokens:
+            raise UserError(
+                f"sampling.prompt_tokens: problem {problem.id!r} makes a prompt of {length} tokens, more than "
+                f"{config.sampling.prompt_tokens}; raise it or leave the problem out"
+            )
+
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
+
+
+def build(
+    config: RunConfig, run_dir: Path, live: Callable[[Row], None], say: Say, progress: Progress
+) -> tuple[Run, RunState]:
+    """Everything a run needs, in the order of the module's list."""
+    mesh = make_mesh(config.mesh)
+    roles = open_roles(config)
+    training, heldout = read_problems(config.problems, "train"), read_problems(config.problems, "heldout")
+    refuse_overlap(training, heldout)
+    check_sizes(config, roles, mesh, [*training, *heldout[: config.eval.problems]])
+
+    student = roles.student
+    with ExitStack() as stack:
+        phases = PhaseLog(run_dir / "phase.log")
+        stack.callback(phases.close)
+        checkpoints = Checkpoints(run_dir, config.train.keep, lambda step: phases(step - 1, "saved"))
+        stack.callback(checkpoints.close)
+        state = _start(config, student, mesh, checkpoints, run_dir, say)
+        metrics, clock = Metrics(run_dir, state.step, live), Clock(phases)
+        stack.callback(metrics.close)
+        stack.callback(clock.close)
+        teacher_weights = roles.teacher.weights(mesh) if roles.teacher else None
+        samplers = _samplers(config, roles, mesh, teacher_weights)
+        recipe = _recipe(config, roles, samplers, state.memory, progress)
+        target_files = roles.target(config.recipe)
+        parts = Parts(
+            run_dir=run_dir,
+            steps=config.train.steps,
+            save_every=config.train.save_every,
+            eval_every=config.eval.every,
+            problems=ProblemSet(training, config.run.seed, config.train.batch_size),
+            write=recipe.write,
+            rewrite=recipe.rewrite,
+            to_batch=partial(_to_batch, config, student, target_files),
+            update=make_update(
+                student.model,
+                target_files.model if target_files else None,
+                config.recipe.loss,
+                optimiser(config.train),
+                mesh,
+                vocab_size=student.chat.vocab_size,
+                micro_batches=config.train.micro_batches,
+            ),
+            load_student=samplers.load_student if samplers.follows else lambda weights, version: None,
+            checkpoints=checkpoints,
+            records=Records(run_dir, config.run.seed, _fingerprint(config)),
+            metrics=metrics,
+            clock=clock,
+            teacher_weights=teacher_weights if target_files is roles.teacher else None,
+            refresh=partial(target.refresh, config.recipe.target),
+            grade=partial(_share_right, chat=student.chat),
+        )
+        close = stack.pop_all().close
+    return Run(config, mesh, student, heldout, samplers.student, samplers.load_student, parts, close), state
+
+
+def _start(
+    config: RunConfig, student: ModelFiles, mesh: Mesh, checkpoints: Checkpoints, run_dir: Path, say: Say
+) -> RunState:
+    """Step 5. What a checkpoint holds is not loaded from elsewhere first: the run would be in memory twice."""
+    state = checkpoints.restore(abstract_state(config, student, mesh))
+    say(f"resuming {run_dir} after step {state.step}" if state else f"starting from the weights in {student.directory}")
+    if state is not None:
+        return state
+    weights = student.weights(mesh)
+    copy = target.start(config.recipe.target, weights, None)
+    return new_state(student.model, optimiser(config.train), mesh, weights, seed=config.run.seed, self_weights=copy)
+
+
+def _fingerprint(config: RunConfig) -> str:
+    """A hash of whatever a step's trajectories depend on; records made under another are made again."""
+    free = ("run.dir", "eval", "train.save_every", "train.keep", *(["train.steps"] if config.steps_are_free else []))
+    text = json.dumps({k: v for k, v in flat(dataclasses.asdict(config)).items() if not under(k, free)}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def abstract_state(config: RunConfig, student: ModelFiles, mesh: Mesh) -> RunState:
+    """Shapes, dtypes and places of the run's state: what a checkpoint is restored into."""
+    model, tx = student.model, optimiser(config.train)
+    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, student.param_dtype), model.abstract())
+    shapes = Trained(weights, jax.eval_shape(partial(init_opt_state, tx), weights))
+    placed = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        shapes,
+        trained_shardings(model, tx, mesh),
+    )
+    self_weights = placed.weights if config.recipe.target.is_self else None
+    return RunState(placed.weights, placed.opt_state, self_weights, 0, config.run.seed, dict(NEW_MEMORY))
+
+
+def restored_student(config: RunConfig, run_dir: Path) -> tuple[ModelFiles, RunState, Mesh]:
+    """The student of a run at its newest checkpoint, on whatever devices are here. Changes nothing in the run."""
+    mesh = make_mesh(MeshConfig())
+    files = open_model("student", config.student, config.recipe.contexts)
+    checkpoints = Checkpoints(run_dir, config.train.keep, read_only=True)
+    try:
+        state = checkpoints.restore(abstract_state(config, files, mesh))
+    finally:
+        checkpoints.close()
+    if state is None:
+        raise UserError(f"{run_dir}: it holds no checkpoint yet; run `mpd-jax train {run_dir}/config.yaml` first")
+    return files, state, mesh
+
+
+@dataclass(frozen=True)
+class Samplers:
+    """Samplers by role. The student's serves evaluation too. follows: a step samples from the student."""
+
+    student: JaxSampler
+    writer: JaxSampler | None
+    rewriter: JaxSampler | None
+    load_student: Callable[[Any, int], None]
+    follows: bool
+
+
+def _samplers(config: RunConfig, roles: Roles, mesh: Mesh, teacher_weights: Any) -> Samplers:
+    """Step 6. Weights that never change are loaded here, once."""
+    sampling, recipe = config.sampling, config.recipe
+    prompt, written = sampling.prompt_tokens, sampling.writer.max_tokens
+    student = make_sampler(roles.student, config, mesh, prompt, max(written, config.eval.max_tokens))
+    writer = rewriter = None
+    if recipe.write.by == "student":
+        writer = student
+    elif recipe.write.by == "teacher":
+        assert roles.teacher is not None
+        writer = make_sampler(roles.teacher, config, mesh, prompt, written)
+        writer.load(teacher_weights, 0)
+    if roles.rewriter is not None:
+        # The rewriting prompt holds the problem, the whole draft and the instruction.
+        room = prompt + written + prompt
+        rewriter = make_sampler(roles.rewriter, config, mesh, room, sampling.rewriter.max_tokens)
+        if roles.rewriter is not roles.student:
+            shared = roles.rewriter is roles.teacher
+            rewriter.load(teacher_weights if shared else roles.rewriter.weights(mesh), 0)
+    following = [student] + ([rewriter] if rewriter and roles.rewriter is roles.student else [])
+
+    def load_student(weights: Any, version: int) -> None:
+        for sampler in following:
+            sampler.load(weights, version)
+
+    return Samplers(student, writer, rewriter, load_student, writer is student or len(following) > 1)
+
+
+@dataclass(frozen=True)
+class RecipeParts:
+    write: Callable[[Sequence[Problem], int], list[Trajectory]]
+    rewrite: Callable[[Sequence[Problem], Sequence[Trajectory], int], list[Trajectory]]
+
+
+def _recipe(config: RunConfig, roles: Roles, samplers: Samplers, memory: dict, progress: Progress) -> RecipeParts:
+    """Step 7. The rollback count of the state is folded into every key."""
+    recipe, sampling, seed = config.recipe, config.sampling, config.run.seed
+    student = roles.student.chat
+    match recipe.write.by:
+        case "dataset":
+            writer = write.DatasetWriter(student)
+        case role:
+            files = roles.student if role == "student" else roles.teacher
+            assert samplers.writer is not None and files is not None
+            writer = write.ModelWriter(
+                role, samplers.writer, files.chat, student, sampling.writer, recipe.write.attempts, seed
+            )
+    judge = rewrite.Judge(student, recipe.rewrite.keep, recipe.rewrite.fallback)
+    match recipe.rewrite.how:
+        case "nobody":
+            rewriter = rewrite.Nobody()
+        case "truncate":
+            rewriter = rewrite.Truncate(judge, recipe.rewrite.truncate_to, recipe.rewrite.truncate_ratio)
+        case "compress":
+            assert samplers.rewriter is not None and roles.rewriter is not None
+            window, chat = samplers.rewriter.max_length, roles.rewriter.chat
+            rewriter = rewrite.ModelRewriter(
+                recipe.rewrite.by, samplers.rewriter, chat, sampling.rewriter, judge, seed, window
+            )
+    rollbacks = int(memory.get("rollbacks", 0))
+
+    def write_step(problems: Sequence[Problem], step: int) -> list[Trajectory]:
+        with progress(f"step {step + 1}: writing", len(problems) * recipe.write.attempts) as advance:
+            return writer(problems, step, rollbacks=rollbacks, progress=advance)
+
+    def rewrite_step(problems: Sequence[Problem], written: Sequence[Trajectory], step: int) -> list[Trajectory]:
+        with progress(f"step {step + 1}: rewriting", len(written)) as advance:
+            return rewriter(problems, written, step, rollbacks=rollbacks, progress=advance)
+
+    return RecipeParts(write_step, rewrite_step)
+
+
+def _to_batch(
+    config: RunConfig,
+    student: ModelFiles,
+    target_files: ModelFiles | None,
+    problems: Sequence[Problem],
+    trajectories: Sequence[Trajectory],
+) -> Batch | None:
+    """The kept trajectories; the target reads them after its own prompt under its own context."""
+    prompts = None
+    if target_files is not None:
+        prompts = {p.id: target_files.chat.prompt(config.recipe.target.context, p) for p in problems}
+    batch, report = to_batch(
+        problems,
+        trajectories,
+        target_prompts=prompts,
+        rows=config.train.batch_size * config.recipe.write.attempts,
+        reduction=config.recipe.loss.reduction,
+        max_length=config.train.max_length,
+        eos_ids=student.eos_ids,
+    )
+    return batch if report.rows else None
+
+
+def _share_right(problems: Sequence[Problem], trajectories: Sequence[Trajectory], chat: Chat) -> float | None:
+    """The share of trajectories whose answer is right by plain rules; None if no problem has a reference."""
+    references = {problem.id: problem.answer for problem in problems}
+    graded = [
+        grade(chat.answer_text(t.response), reference).correct
+        for t in trajectories
+        if (reference := references[t.problem_id]) is not None
+    ]
+    return sum(graded) / len(graded) if graded else None

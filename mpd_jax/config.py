@@ -1,0 +1,222 @@
+"""RunConfig, assembled from its owners' dataclasses: strict YAML, then dotted overrides, then one check of the whole.
+
+Every section is declared beside the code that reads it. Unknown keys are errors that name the nearest known key.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from mpd_jax.data.problems import ProblemsConfig
+from mpd_jax.eval.evaluate import EvalConfig
+from mpd_jax.models.config import ModelSpec
+from mpd_jax.recipe.recipe import Recipe, validate
+from mpd_jax.sampling.sampler import SamplingConfig
+from mpd_jax.sharding import MeshConfig
+from mpd_jax.train.state import TrainConfig
+from mpd_jax.types import UserError
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """Where the run lives and its one root seed."""
+
+    dir: str
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SamplingSection:
+    """Sampling per role, and the shape of the JAX sampler that serves them.
+
+    slots: responses decoded side by side. prompt_tokens: longest prompt of a problem, in tokens; longer ones are
+    refused. prefill_chunk, prefill_rows: the one compiled shape in which prompts enter the cache.
+    """
+
+    writer: SamplingConfig = field(default_factory=SamplingConfig)
+    rewriter: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.6))
+    slots: int = 32
+    prompt_tokens: int = 512
+    prefill_chunk: int = 128
+    prefill_rows: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "prompt_tokens", "prefill_chunk", "prefill_rows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)} is not allowed; it must be 1 or more")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run depends on. `rewriter` is the teacher unless named; `teacher` may be absent where unused."""
+
+    run: RunSection
+    recipe: Recipe
+    student: ModelSpec
+    teacher: ModelSpec | None = None
+    rewriter: ModelSpec | None = None
+    problems: ProblemsConfig = field(default_factory=ProblemsConfig)
+    sampling: SamplingSection = field(default_factory=SamplingSection)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    @property
+    def steps_are_free(self) -> bool:
+        """Whether train.steps only says when to stop; a falling learning rate depends on it."""
+        return self.train.schedule == "constant"
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys in silence; a config must not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, str | int | float):
+                raise UserError(f"{key_node.start_mark.name}: line {key_node.start_mark.line + 1}: {key!r} is no key")
+            if key in seen:
+                raise UserError(
+                    f"{key_node.start_mark.name}: line {key_node.start_mark.line + 1}: {key!r} stands twice"
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """The config of a YAML file with `section.key=value` overrides applied. UserError names key, value and remedy."""
+    return resolve(read_yaml(path), overrides)
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The mapping in a YAML file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config {path}: no such file; give the path of a YAML file, such as configs/quickstart.yaml")
+    try:
+        with path.open() as file:
+            tree = yaml.load(file, _UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"config {path}: the file holds {type(tree).__name__}, not sections; see configs/quickstart.yaml"
+        )
+    return tree
+
+
+def resolve(tree: dict, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """A checked RunConfig from a nested mapping and overrides."""
+    for override in overrides:
+        tree = _override(tree, override)
+    _refuse_unknown_keys(tree, RunConfig, "")
+    try:
+        config = pydantic.TypeAdapter(RunConfig).validate_python(tree)
+    except pydantic.ValidationError as error:
+        raise UserError("\n".join(_explain(e) for e in error.errors())) from None
+    validate(config.recipe)
+    _check_roles(config)
+    return config
+
+
+def _override(tree: dict, text: str) -> dict:
+    key, equals, value_text = text.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise UserError(f"override {text!r}: write it as section.key=value, for example train.steps=10")
+    try:
+        value = yaml.load(value_text, _UniqueKeyLoader)
+    except yaml.YAMLError:
+        raise UserError(f"override {text!r}: the value {value_text!r} is not valid YAML; quote it") from None
+
+    def put(node: Any, rest: list[str]) -> dict:
+        node = dict(node) if isinstance(node, dict) else {}
+        node[rest[0]] = value if len(rest) == 1 else put(node.get(rest[0]), rest[1:])
+        return node
+
+    return put(tree, path)
+
+
+def _dataclass_in(annotation: Any) -> type | None:
+    if dataclasses.is_dataclass(annotation):
+        return typing.cast(type, annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next((_dataclass_in(a) for a in typing.get_args(annotation) if _dataclass_in(a)), None)
+    return None
+
+
+def _refuse_unknown_keys(tree: Any, owner: type, prefix: str) -> None:
+    if not isinstance(tree, dict):
+        return
+    hints = typing.get_type_hints(owner)
+    known = [f.name for f in dataclasses.fields(owner)]
+    for key, value in tree.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]!s}?" if near else f"known keys there: {', '.join(known)}"
+            raise UserError(f"unknown key {prefix}{key} (value {value!r}); {hint}")
+        inner = _dataclass_in(hints[key])
+        if inner is not None:
+            _refuse_unknown_keys(value, inner, f"{prefix}{key}.")
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{where}: required and missing; set it in the YAML file or as {where}=value"
+    if error["type"] == "value_error":
+        said = str(error["ctx"]["error"])
+        return said if said.startswith(where) else f"{where}: {said}"
+    return f"{where}: {error['input']!r} is not allowed: {error['msg']}"
+
+
+def _check_roles(config: RunConfig) -> None:
+    recipe = config.recipe
+    needs = [
+        (recipe.write.by == "teacher", "recipe.write.by=teacher"),
+        (recipe.rewrite.how == "compress" and recipe.rewrite.by == "teacher" and not config.rewriter,
+         "recipe.rewrite.by=teacher"),
+        (recipe.target.weights == "teacher", "recipe.target.weights=teacher"),
+    ]  # fmt: skip
+    for needed, reason in needs:
+        if needed and config.teacher is None:
+            raise UserError(f"teacher: missing, and {reason} needs one; add a teacher section with a path")
+    if config.rewriter and (recipe.rewrite.how != "compress" or recipe.rewrite.by == "student"):
+        raise UserError(
+            f"rewriter: a model nobody uses, for recipe.rewrite is how={recipe.rewrite.how} by={recipe.rewrite.by}; "
+            "remove the section, or set how=compress and by=teacher"
+        )
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML that `load` reads back to an equal value."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as dotted keys."""
+    if not isinstance(tree, dict):
+        return {prefix: _plain(tree)}
+    parts = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def under(key: str, sections: typing.Iterable[str]) -> bool:
+    """Whether a dotted key is one of `sections` or lies in one."""
+    return any(key == section or key.startswith(f"{section}.") for section in sections)

@@ -1,0 +1,300 @@
+"""One decoder for the dense Qwen3, Qwen2 and Llama families, as Flax NNX modules over stacked layers.
+
+Modules hold parameters and their logical axes; everyone else sees a `Model` (no weights, hashable, static under jit)
+and a plain nested dict of arrays. Training scans the stacked layers; cached decoding unrolls the same ones.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mpd_jax.models.attention import attend, causal, rotary, rotate
+from mpd_jax.models.cache import KVCache, cache_axes
+from mpd_jax.models.config import ModelConfig
+from mpd_jax.sharding import constrain
+from mpd_jax.types import Array
+
+Weights = Any
+Rotation = tuple[jax.Array, jax.Array]
+INIT_SCALE = 0.02
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], *logical: str) -> nnx.Param:
+    return nnx.Param(INIT_SCALE * jax.random.normal(rngs.params(), shape), logical=logical)
+
+
+def _zeros(shape: tuple[int, ...], *logical: str) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape), logical=logical)
+
+
+class Norm(nnx.Module):
+    """RMSNorm over the last axis, in float32."""
+
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((size,)), logical=("norm",))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        c = config
+        D, N, K, H = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        self.q = _normal(rngs, (D, N, H), "embed", "heads", "head")
+        self.k = _normal(rngs, (D, K, H), "embed", "kv_heads", "head")
+        self.v = _normal(rngs, (D, K, H), "embed", "kv_heads", "head")
+        self.o = _normal(rngs, (N, H, D), "heads", "head", "embed")
+        if c.qkv_bias:
+            self.q_bias = _zeros((N, H), "heads", "head")
+            self.k_bias = _zeros((K, H), "kv_heads", "head")
+            self.v_bias = _zeros((K, H), "kv_heads", "head")
+        if c.o_bias:
+            self.o_bias = _zeros((D,), "norm")
+        if c.qk_norm:
+            self.q_norm, self.k_norm = Norm(H, c.rms_norm_eps), Norm(H, c.rms_norm_eps)
+        self.config = c
+
+    def project(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries, rotated keys, values: [B, T, N or K, H]."""
+        q, k, v = (jnp.einsum("btd,dnh->btnh", x_BTD, w[...].astype(x_BTD.dtype)) for w in (self.q, self.k, self.v))
+        if self.config.qkv_bias:
+            q, k, v = (
+                x + bias[...].astype(x.dtype)[None, None]
+                for x, bias in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias))
+            )
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, rotation), rotate(k, rotation), v
+
+    def out(self, x_BTNH: jax.Array) -> jax.Array:
+        y_BTD = jnp.einsum("btnh,nhd->btd", x_BTNH, self.o[...].astype(x_BTNH.dtype))
+        return y_BTD + self.o_bias[...].astype(y_BTD.dtype)[None, None] if self.config.o_bias else y_BTD
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate = _normal(rngs, (D, F), "embed", "mlp")
+        self.up = _normal(rngs, (D, F), "embed", "mlp")
+        self.down = _normal(rngs, (F, D), "mlp", "embed")
+        if config.mlp_bias:
+            self.gate_bias, self.up_bias = _zeros((F,), "mlp"), _zeros((F,), "mlp")
+            self.down_bias = _zeros((D,), "norm")
+        self.bias = config.mlp_bias
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gate, up = x_BTD @ self.gate[...].astype(x_BTD.dtype), x_BTD @ self.up[...].astype(x_BTD.dtype)
+        if self.bias:
+            gate = gate + self.gate_bias[...].astype(gate.dtype)[None, None]
+            up = up + self.up_bias[...].astype(up.dtype)[None, None]
+        y_BTD = (jax.nn.silu(gate) * up) @ self.down[...].astype(x_BTD.dtype)
+        return y_BTD + self.down_bias[...].astype(y_BTD.dtype)[None, None] if self.bias else y_BTD
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and feed-forward."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.attention_norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config, rngs)
+
+    def __call__(self, x_BTD: jax.Array, rotation: Rotation, visible_BTS: jax.Array) -> jax.Array:
+        def keys_of_this_row(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+            return k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3), None
+
+        return self.step(x_BTD, rotation, visible_BTS, keys_of_this_row)[0]
+
+    def step(
+        self, x_BTD: jax.Array, rotation: Rotation, visible_BTS: jax.Array, remember: Callable
+    ) -> tuple[jax.Array, Any]:
+        """`remember(k_BTKH, v_BTKH) -> (k_BKHS, v_BKSH, kept)`: what attention reads, and what the caller keeps."""
+        q, k, v = self.attention.project(self.attention_norm(x_BTD), rotation)
+        keys, values, kept = remember(k, v)
+        x_BTD = x_BTD + self.attention.out(attend(q, keys, values, visible_BTS))
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), kept
+
+
+class Decoder(nnx.Module):
+    """Everything outside the blocks."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        table = (config.vocab_size, config.hidden_size)
+        self.embed = _normal(rngs, table, "vocab", "embed")
+        self.final_norm = Norm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_embeddings:
+            self.head = _normal(rngs, table, "vocab", "embed")
+
+
+def _is_param(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+@lru_cache(maxsize=64)
+def _split(kind: type, config: ModelConfig) -> tuple[Any, Any, dict]:
+    """(graph, structure of its state, logical axes) of a module class, without making an array."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: kind(config, nnx.Rngs(0))))
+    axes = nnx.to_pure_dict(jax.tree.map(lambda p: p.replace(p.get_metadata()["logical"]), state, is_leaf=_is_param))
+    return graph, jax.tree.structure(state), axes
+
+
+def _module(kind: type, config: ModelConfig, weights: Weights) -> Any:
+    graph, structure, _ = _split(kind, config)
+    return nnx.merge(graph, jax.tree.unflatten(structure, jax.tree.leaves(weights)))
+
+
+def _pure(module: nnx.Module) -> dict:
+    return nnx.to_pure_dict(nnx.split(module)[1])
+
+
+def _rest(weights: Weights) -> Weights:
+    return {k: v for k, v in weights.items() if k != "blocks"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder without its weights. dtype: of the computation; remat: see ModelSpec."""
+
+    config: ModelConfig
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def init(self, key: jax.Array) -> Weights:
+        """Random float32 weights, blocks stacked along a leading layer axis."""
+        outer, inner = jax.random.split(key)
+        blocks = jax.vmap(lambda k: _pure(Block(self.config, nnx.Rngs(params=k))))(
+            jax.random.split(inner, self.config.num_layers)
+        )
+        return {**_pure(Decoder(self.config, nnx.Rngs(params=outer))), "blocks": blocks}
+
+    def abstract(self) -> Weights:
+        """Shapes and dtypes of `init`."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def logical_axes(self) -> Weights:
+        """The tree of `init` with a tuple of logical axis names for every array."""
+        is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+        blocks = jax.tree.map(lambda a: ("layers", *a), _split(Block, self.config)[2], is_leaf=is_axes)
+        return {**_split(Decoder, self.config)[2], "blocks": blocks}
+
+    def hidden(
+        self,
+        weights: Weights,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states after the final norm [B, T, D], causal; padding on the right needs no mask.
+
+        segments_BT: tokens see only their own segment; give positions that restart with it.
+        """
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
+        visible, rotation = causal(positions_BT, segments_BT), rotary(positions_BT, self.config)
+
+        def body(x_BTD: jax.Array, block: Weights) -> tuple[jax.Array, None]:
+            y_BTD = _module(Block, self.config, block)(x_BTD, rotation, visible)
+            return constrain(y_BTD, ("batch", None, None)), None
+
+        x_BTD = constrain(self._embed(weights, tokens_BT), ("batch", None, None))
+        x_BTD, _ = jax.lax.scan(_rematerialised(body, self.remat), x_BTD, weights["blocks"])
+        return _module(Decoder, self.config, _rest(weights)).final_norm(x_BTD)
+
+    def head(self, weights: Weights) -> jax.Array:
+        """The projection onto the vocabulary [V, D], as stored."""
+        return weights["embed"] if self.config.tie_embeddings else weights["head"]
+
+    def logits(self, weights: Weights, tokens_BT: jax.Array, **rows: jax.Array | None) -> jax.Array:
+        """float32 logits [B, T, V], whole: for tests and small tools."""
+        h_BTD = self.hidden(weights, tokens_BT, **rows)
+        return jnp.einsum(
+            "btd,vd->btv", h_BTD, self.head(weights).astype(h_BTD.dtype), preferred_element_type=jnp.float32
+        )
+
+    def init_cache(self, slots: int, length: int, dtype: Any) -> KVCache:
+        """An empty cache of `slots` rows for `length` tokens each."""
+        c = self.config
+        k = tuple(jnp.zeros((slots, c.num_kv_heads, c.head_dim, length), dtype) for _ in range(c.num_layers))
+        v = tuple(jnp.zeros((slots, c.num_kv_heads, length, c.head_dim), dtype) for _ in range(c.num_layers))
+        return KVCache(k, v, jnp.zeros((slots,), jnp.int32))
+
+    def cache_axes(self) -> KVCache:
+        """The tree of `init_cache` with a tuple of logical axis names for every array."""
+        return cache_axes(self.config.num_layers)
+
+    def decode(
+        self,
+        weights: Weights,
+        tokens_RT: Array,
+        cache: KVCache,
+        slots_R: Array | None,
+        valid_R: Array,
+    ) -> tuple[jax.Array, KVCache]:
+        """Hidden states [R, T, D] of tokens that continue cached rows, and the cache that holds them.
+
+        Row r continues slot slots_R[r] (None: slot r) with its first valid_R[r] tokens; those beyond are not kept. Rows
+        with a valid token have distinct slots; a row without any may name any slot, and changes nothing.
+        """
+        S = cache.v[0].shape[2]
+        start_R = cache.length_B if slots_R is None else cache.length_B[slots_R]
+        offset_T = jnp.arange(tokens_RT.shape[1])
+        at_RT = start_R[:, None] + offset_T[None, :]
+        # A token that does not count is written nowhere: its index is out of range.
+        to_RT = jnp.where(offset_T[None, :] < valid_R[:, None], at_RT, S)
+        visible, rotation = jnp.arange(S)[None, None, :] <= at_RT[:, :, None], rotary(at_RT, self.config)
+
+        def remember(layer: int, k_RTKH: jax.Array, v_RTKH: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+            held = cache.k[layer], cache.v[layer]
+            k_RKHS, v_RKSH = held if slots_R is None else (x[slots_R] for x in held)
+            k_RKHS = _put_keys(k_RKHS, to_RT, k_RTKH.astype(k_RKHS.dtype))
+            v_RKSH = _put_values(v_RKSH, to_RT, v_RTKH.astype(v_RKSH.dtype))
+            rows = k_RKHS, v_RKSH
+            kept = rows
+            if slots_R is not None:
+                counted_R = jnp.where(valid_R > 0, slots_R, len(cache.length_B))
+                kept = tuple(x.at[counted_R].set(r, mode="drop") for x, r in zip(held, rows, strict=True))
+            return (*(x.astype(k_RTKH.dtype) for x in rows), kept)
+
+        x_RTD, held = self._embed(weights, tokens_RT), []
+        for layer in range(self.config.num_layers):
+            block = _module(Block, self.config, jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]))
+            x_RTD, pair = block.step(x_RTD, rotation, visible, partial(remember, layer))
+            held.append(pair)
+        h_RTD = _module(Decoder, self.config, _rest(weights)).final_norm(x_RTD)
+        length_B = cache.length_B + valid_R if slots_R is None else cache.length_B.at[slots_R].add(valid_R)
+        return h_RTD, KVCache(tuple(k for k, _ in held), tuple(v for _, v in held), length_B)
+
+    def _embed(self, weights: Weights, tokens_BT: Array) -> jax.Array:
+        # Gathered over fsdp first: looked up in parts, every device would hold the rows of all devices for a moment.
+        return constrain(weights["embed"], ("vocab", None))[tokens_BT].astype(self.dtype)
+
+
+# Row by row under vmap: rows stay a batch of the scatter, which the partitioner splits without gathering the cache.
+_put_keys = jax.vmap(
+    lambda held_KHS, to_T, new_TKH: held_KHS.at[:, :, to_T].set(new_TKH.transpose(1, 2, 0), mode="drop")
+)
+_put_values = jax.vmap(lambda held_KSH, to_T, new_TKH: held_KSH.at[:, to_T].set(new_TKH.swapaxes(0, 1), mode="drop"))
+
+
+def _rematerialised(body: Callable, policy: str) -> Callable:
+    match policy:
+        case "none":
+            return body
+        case "full":
+            return jax.checkpoint(body)
+        case "dots":
+            return jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    raise AssertionError(f"remat {policy!r}")

@@ -1,0 +1,404 @@
+"""Hugging Face directories in and out: one table of names, weights streamed slice by slice both ways.
+
+Reading gives every device only its own part; nothing holds the model a second time. A directory is written under a
+temporary name and renamed when it is whole.
+"""
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mpd_jax.models.config import ModelConfig
+from mpd_jax.models.decoder import Model, Weights
+from mpd_jax.sharding import tree_shardings
+from mpd_jax.types import UserError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+READABLE = ("F32", "BF16", "F16")
+COPIED = (
+    GENERATION,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
+# Buffers that old checkpoints carry and that the config alone decides.
+DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+# Our array: its name, and for each of its dimensions in the file the axes of ours it holds (a layer axis not counted).
+_LAYER, _BIAS, _AS_IS = "model.layers.{}.", ((0, 1),), ((0,),)
+_TABLE, _IN_OUT, _TO_HEADS, _FROM_HEADS = ((0,), (1,)), ((1,), (0,)), ((1, 2), (0,)), ((2,), (0, 1))
+NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
+    "embed": ("model.embed_tokens.weight", _TABLE),
+    "blocks.attention_norm.scale": (_LAYER + "input_layernorm.weight", _AS_IS),
+    "blocks.attention.q": (_LAYER + "self_attn.q_proj.weight", _TO_HEADS),
+    "blocks.attention.q_bias": (_LAYER + "self_attn.q_proj.bias", _BIAS),
+    "blocks.attention.k": (_LAYER + "self_attn.k_proj.weight", _TO_HEADS),
+    "blocks.attention.k_bias": (_LAYER + "self_attn.k_proj.bias", _BIAS),
+    "blocks.attention.v": (_LAYER + "self_attn.v_proj.weight", _TO_HEADS),
+    "blocks.attention.v_bias": (_LAYER + "self_attn.v_proj.bias", _BIAS),
+    "blocks.attention.o": (_LAYER + "self_attn.o_proj.weight", _FROM_HEADS),
+    "blocks.attention.o_bias": (_LAYER + "self_attn.o_proj.bias", _AS_IS),
+    "blocks.attention.q_norm.scale": (_LAYER + "self_attn.q_norm.weight", _AS_IS),
+    "blocks.attention.k_norm.scale": (_LAYER + "self_attn.k_norm.weight", _AS_IS),
+    "blocks.mlp_norm.scale": (_LAYER + "post_attention_layernorm.weight", _AS_IS),
+    "blocks.mlp.gate": (_LAYER + "mlp.gate_proj.weight", _IN_OUT),
+    "blocks.mlp.gate_bias": (_LAYER + "mlp.gate_proj.bias", _AS_IS),
+    "blocks.mlp.up": (_LAYER + "mlp.up_proj.weight", _IN_OUT),
+    "blocks.mlp.up_bias": (_LAYER + "mlp.up_proj.bias", _AS_IS),
+    "blocks.mlp.down": (_LAYER + "mlp.down_proj.weight", _IN_OUT),
+    "blocks.mlp.down_bias": (_LAYER + "mlp.down_proj.bias", _AS_IS),
+    "final_norm.scale": ("model.norm.weight", _AS_IS),
+    "head": ("lm_head.weight", _TABLE),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint: its name, its shape there, and where it stands in our arrays (layer None: alone)."""
+
+    name: str
+    shape: tuple[int, ...]
+    ours: str
+    layer: int | None
+
+
+def _path(path: tuple) -> str:
+    return ".".join(str(key.key) for key in path)
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return {_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _tensors(model: Model) -> list[Tensor]:
+    """Every tensor of a checkpoint of this model, layer by layer."""
+    shapes = {ours: leaf.shape for ours, leaf in _flat(model.abstract()).items()}
+
+    def tensor(ours: str, layer: int | None) -> Tensor:
+        name, axes = NAMES[ours]
+        inner = shapes[ours] if layer is None else shapes[ours][1:]
+        shape = tuple(math.prod(inner[axis] for axis in group) for group in axes)
+        return Tensor(name if layer is None else name.format(layer), shape, ours, layer)
+
+    stacked = [ours for ours in NAMES if ours in shapes and ours.startswith("blocks.")]
+    blocks = [tensor(ours, layer) for layer in range(model.config.num_layers) for ours in stacked]
+    alone = {ours: tensor(ours, None) for ours in ("embed", "final_norm.scale", "head") if ours in shapes}
+    assert len(stacked) + len(alone) == len(shapes), f"no name for {sorted(set(shapes) - set(stacked) - set(alone))}"
+    return [alone.pop("embed"), *blocks, *alone.values()]
+
+
+# Reading
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file.parent} has no {file.name}; give a Hugging Face model directory") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid JSON ({error}); copy it again from the model's source") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} does not hold a JSON object; copy it again from the model's source")
+    return content
+
+
+def load_config(directory: Path | str) -> ModelConfig:
+    """The model's config. UserError names every key that is missing or not supported."""
+    try:
+        return ModelConfig.from_hf(_json(Path(directory) / CONFIG))
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+
+
+def eos_ids(directory: Path | str) -> frozenset[int]:
+    """The ids that end a response: generation_config.json's, else config.json's."""
+    directory = Path(directory)
+    for file in (directory / GENERATION, directory / CONFIG):
+        ids = _json(file).get("eos_token_id") if file.is_file() else None
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        if not all(type(id_) is int and id_ >= 0 for id_ in ids):
+            raise UserError(f"{file}: eos_token_id = {ids} is not allowed; give a token id or a list of them")
+        if ids:
+            return frozenset(ids)
+    raise UserError(
+        f"{directory}: neither {GENERATION} nor {CONFIG} names an eos_token_id, so no response would end; add it"
+    )
+
+
+class _Checkpoint:
+    """The open files of a directory, and which holds which tensor."""
+
+    def __init__(self, directory: Path, stack: ExitStack):
+        self.directory = directory
+        self.file_of: dict[str, str] = {}
+        self.problems: list[str] = []
+        listed = self._listed()
+        self._open: dict[str, Any] = {}
+        for file in sorted(set(listed.values())) or [SINGLE]:
+            try:
+                self._open[file] = stack.enter_context(safe_open(directory / file, framework="numpy"))
+            except FileNotFoundError:
+                raise UserError(f"{directory}: {INDEX} lists {file}, which is not there; download it again") from None
+            except SafetensorError as error:
+                raise UserError(f"{directory / file} cannot be read ({error}); download it again") from None
+            self.file_of.update(dict.fromkeys(self._open[file].keys(), file))
+        wrong = sorted(name for name, file in listed.items() if self.file_of.get(name) != file)
+        self.problems.extend(f"{name} is listed in {INDEX} but not in {listed[name]}" for name in wrong)
+
+    def _listed(self) -> Mapping[str, str]:
+        """The index, empty where one file holds everything."""
+        directory = self.directory
+        if not directory.is_dir():
+            raise UserError(f"{directory} is not a directory; give a Hugging Face model directory")
+        single, index = (directory / SINGLE).is_file(), (directory / INDEX).is_file()
+        if single and index:
+            raise UserError(f"{directory} holds both {SINGLE} and {INDEX}; remove the one that is not the model")
+        if not single and not index:
+            there = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
+            raise UserError(f"{directory} has no weights ({SINGLE} or {INDEX}), only: {there}; convert to safetensors")
+        files = {} if single else _json(directory / INDEX).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise UserError(f"{directory / INDEX} has no weight_map of tensor and file names; download it again")
+        return files
+
+    def tensor(self, name: str) -> Any:
+        """A tensor that is read when it is sliced."""
+        return self._open[self.file_of[name]].get_slice(name)
+
+    def check(self, tensors: Sequence[Tensor], tied: bool) -> None:
+        """UserError that lists every missing, extra, misshapen or unreadable tensor."""
+        problems = self.problems
+        for tensor in tensors:
+            if tensor.name not in self.file_of:
+                problems.append(f"{tensor.name} is missing")
+                continue
+            held = self.tensor(tensor.name)
+            if tuple(held.get_shape()) != tensor.shape:
+                problems.append(f"{tensor.name} has shape {tuple(held.get_shape())}, the config says {tensor.shape}")
+            if held.get_dtype() not in READABLE:
+                problems.append(f"{tensor.name} is stored as {held.get_dtype()}; {', '.join(READABLE)} can be read")
+        extra = set(self.file_of) - {tensor.name for tensor in tensors}
+        if tied and "lm_head.weight" in extra and not problems:
+            extra.discard("lm_head.weight")
+            if not self._same("lm_head.weight", "model.embed_tokens.weight"):
+                problems.append("lm_head.weight differs from the embedding although tie_word_embeddings is true")
+        problems.extend(f"{name} is not part of the model" for name in sorted(extra) if not DERIVED.fullmatch(name))
+        if problems:
+            raise UserError(
+                f"{self.directory}: the weights do not fit {CONFIG}:\n  "
+                + "\n  ".join(problems)
+                + "\nUse the config and the weights of one model."
+            )
+
+    def _same(self, left: str, right: str, rows: int = 4096) -> bool:
+        a, b = self.tensor(left), self.tensor(right)
+        if a.get_shape() != b.get_shape():
+            return False
+        size = a.get_shape()[0]
+        cuts = [slice(at, min(at + rows, size)) for at in range(0, size, rows)]
+        return all(np.array_equal(*(x[cut].astype(np.float32) for x in (a, b))) for cut in cuts)
+
+    def read(self, tensor: Tensor, shape: Sequence[int], part: Sequence[slice]) -> np.ndarray:
+        """The part `part` of our array of shape `shape` (no layer axis) that this tensor holds."""
+        _, axes = NAMES[tensor.ours]
+        bounds = [bound.indices(size)[:2] for bound, size in zip(part, shape, strict=True)]
+        cut = []
+        for first, *rest in axes:
+            inner = math.prod(shape[axis] for axis in rest)
+            assert all(bounds[axis] == (0, shape[axis]) for axis in rest), f"{tensor.name} is split inside a head"
+            cut.append(slice(bounds[first][0] * inner, bounds[first][1] * inner))
+        order = [axis for group in axes for axis in group]
+        block = self.tensor(tensor.name)[tuple(cut)].reshape([bounds[axis][1] - bounds[axis][0] for axis in order])
+        return block.transpose(np.argsort(order))
+
+
+def load_weights(directory: Path | str, model: Model, mesh: Mesh, param_dtype: str = "float32") -> Weights:
+    """The weights of a directory, in the training layout of `mesh`. Every tensor must be there, and no other."""
+    tensors = _tensors(model)
+    shapes, treedef = jax.tree_util.tree_flatten_with_path(model.abstract())
+    shardings = _flat(tree_shardings(mesh, model.logical_axes(), model.abstract(), "train"))
+    by_ours: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        by_ours.setdefault(tensor.ours, []).append(tensor)
+    dtype = DTYPES[param_dtype]
+    with ExitStack() as stack:
+        checkpoint = _Checkpoint(Path(directory), stack)
+        checkpoint.check(tensors, model.config.tie_embeddings)
+        leaves = []
+        for path, leaf in shapes:
+            ours = _path(path)
+            leaves.append(_load(checkpoint, by_ours[ours], leaf.shape, shardings[ours], dtype))
+        return jax.tree.unflatten(treedef, leaves)
+
+
+def _load(
+    checkpoint: _Checkpoint, tensors: list[Tensor], shape: tuple[int, ...], sharding: NamedSharding, dtype: np.dtype
+) -> jax.Array:
+    """One of our arrays, its layers read one after the other into each device's part."""
+    parts: dict[tuple, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+        if bounds in parts:  # devices that hold the same part
+            return parts[bounds]
+        block = np.empty([stop - start for start, stop in bounds], dtype)
+        if tensors[0].layer is None:
+            block[...] = checkpoint.read(tensors[0], shape, index)
+        else:
+            for row, layer in enumerate(range(*bounds[0])):
+                block[row] = checkpoint.read(tensors[layer], shape[1:], index[1:])
+        return parts.setdefault(bounds, block)
+
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
+
+
+# Writing
+
+
+def export(
+    out: Path | str,
+    source: Path | str,
+    model: Model,
+    weights: Weights,
+    *,
+    dtype: str = "bfloat16",
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Writes `out`, which transformers loads unchanged: these weights, with the config and tokenizer of `source`.
+
+    Everything but the weights and the config's dtype is copied byte for byte. `out` must not exist or be empty. Every
+    process of a multi-host run calls this; the first one writes. Nothing is left behind by an error.
+    """
+    out, source = Path(out), Path(source)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype = {dtype!r} is not allowed; it must be one of {', '.join(DTYPES)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already and is not an empty directory; choose another name or remove it")
+    assert load_config(source) == model.config, f"{source} describes another model than the weights'"
+    config = _json(source / CONFIG)
+    shards = _plan(_tensors(model), DTYPES[dtype].itemsize, max_shard_bytes)
+    writer = jax.process_index() == 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)) if writer else None
+    try:
+        _write_weights(draft, shards, _flat(weights), DTYPES[dtype])
+        if draft is not None:
+            _write_rest(draft, source, config, dtype)
+            draft.chmod(0o755)  # mkdtemp's own is for this user alone
+            draft.replace(out)
+    except BaseException:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return out
+
+
+def _plan(tensors: Sequence[Tensor], itemsize: int, limit: int) -> list[list[Tensor]]:
+    """Tensors by file, in order, no file above `limit` bytes unless one tensor is."""
+    shards: list[list[Tensor]] = [[]]
+    held = 0
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * itemsize
+        if shards[-1] and held + size > limit:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += size
+    return shards
+
+
+def _write_weights(
+    draft: Path | None, shards: list[list[Tensor]], arrays: Mapping[str, jax.Array], dtype: np.dtype
+) -> None:
+    """The weight files, and the index where there are several. Without `draft` only the gathers are taken part in."""
+    count = len(shards)
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)] if count > 1 else [SINGLE]
+    weight_map, total = {}, 0
+    for file, shard in zip(names, shards, strict=True):
+        block = {}
+        for tensor in shard:
+            array = _host(arrays[tensor.ours], tensor)
+            if draft is None:
+                continue
+            block[tensor.name] = _to_file(array, tensor, dtype)
+            weight_map[tensor.name], total = file, total + block[tensor.name].nbytes
+        if draft is not None:
+            _save(draft / file, block)
+    if draft is not None and count > 1:
+        _write(draft / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _host(array: Any, tensor: Tensor) -> np.ndarray:
+    """One layer of a stacked array, or an array that stands alone, whole on this host."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        assert isinstance(array.sharding, NamedSharding), array.sharding
+        whole = NamedSharding(array.sharding.mesh, PartitionSpec())
+        array = jax.jit(lambda a: a if tensor.layer is None else a[tensor.layer], out_shardings=whole)(array)
+        return np.asarray(array)
+    return np.asarray(array if tensor.layer is None else array[tensor.layer])
+
+
+def _to_file(array: np.ndarray, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
+    order = [axis for group in NAMES[tensor.ours][1] for axis in group]
+    # safetensors writes the memory as it lies: a transposed view would be stored untransposed.
+    with np.errstate(over="ignore"):
+        block = np.ascontiguousarray(array.transpose(order).reshape(tensor.shape).astype(dtype))
+    if dtype == np.float16 and not np.isfinite(block).all():
+        raise UserError(f"dtype = float16 cannot hold {tensor.name}, which has values above 65504; use bfloat16")
+    return block
+
+
+def _save(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # the library hides the system's error in its text
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found.group(1)) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(file)) from error
+    file.chmod(0o644)  # safetensors leaves it readable by its writer alone, and a server may run as another user
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sources(source: Path) -> Iterator[Path]:
+    yield from (file for pattern in COPIED for file in sorted(source.glob(pattern)) if file.is_file())
+
+
+def _write_rest(draft: Path, source: Path, config: Mapping[str, Any], dtype: str) -> None:
+    """The config with its dtype, and the source's own bytes of everything else."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]  # readers take either
+    _write(draft / CONFIG, {**config, **dict.fromkeys(keys, dtype)})
+    for file in _sources(source):
+        target = draft / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)

@@ -1,0 +1,115 @@
+"""Where a model's files are: a local directory, a gs:// address, or a hub id pinned to a commit.
+
+Remote files are copied to a cache on this machine once. Only the files that a model needs are taken, and no code.
+"""
+
+import re
+import shutil
+import tempfile
+from hashlib import sha256
+from pathlib import Path
+
+import huggingface_hub
+from etils import epath
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] - of whichever HTTP library the hub's client uses
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from mpd_jax.models.hf_weights import CONFIG, COPIED, INDEX
+from mpd_jax.types import UserError
+
+FILES = (CONFIG, "model*.safetensors", INDEX, *COPIED)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def locate(path: str, revision: str | None = None) -> Path:
+    """The local directory of a model's files, downloaded if need be. UserError if there is none.
+
+    path: a local directory, gs://bucket/directory, or a hub id `owner/name` whose commit (40 hexadecimal digits) is
+    `revision` or stands in the path as `owner/name@commit`.
+    """
+    local = Path(path).expanduser()
+    if path.startswith("gs://") or local.is_dir():
+        if revision is not None:
+            raise UserError(f"revision = {revision!r}: {path} is not a hub id and has none; remove revision")
+        return _from_bucket(path) if path.startswith("gs://") else local
+    name, _, commit = path.partition("@")
+    if not HUB_ID.fullmatch(name):
+        raise UserError(
+            f"path = {path!r}: no such directory; give a directory that holds config.json, a gs:// address, "
+            "or a hub id such as Qwen/Qwen3-1.7B with its revision"
+        )
+    if commit and revision and commit != revision:
+        raise UserError(f"path = {path!r} and revision = {revision!r} name two commits; keep one of them")
+    return _from_hub(path, name, commit or revision)
+
+
+def _from_hub(path: str, name: str, commit: str | None) -> Path:
+    """The snapshot of a commit, from the hub's cache or downloaded into it; HF_TOKEN and HF_HUB_OFFLINE are obeyed."""
+    if commit is None or not COMMIT.fullmatch(commit):
+        raise UserError(
+            f"path = {path!r} is no local directory, and as a hub id it needs its commit: revision = {commit!r} is "
+            f"not 40 hexadecimal digits; take it from https://huggingface.co/{name}/commits/main"
+        )
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=commit, allow_patterns=list(FILES)))
+    except GatedRepoError as error:
+        raise UserError(
+            f"path = {path!r}: the hub gives this model only to those who accepted its terms; accept them on "
+            f"https://huggingface.co/{name} and set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"revision = {commit!r}: {name} has no such commit; take one from its page") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"path = {path!r}: no such model; correct the id, or set HF_TOKEN if it is private") from error
+    except (OSError, ValueError, HTTPError) as error:
+        raise UserError(
+            f"path = {path!r}: neither downloaded nor whole in the cache {constants.HF_HUB_CACHE}: {error}"
+        ) from error
+
+
+def _from_bucket(address: str) -> Path:
+    """A copy of a bucket's directory, made anew when the names, sizes or times of its files have changed."""
+    try:
+        files = _list(epath.Path(address))
+    except ImportError as error:
+        raise UserError(f"path = {address!r} needs gcsfs: pip install 'mpd-jax[gcs]'") from error
+    except Exception as error:  # each storage library has its own
+        raise UserError(
+            f"path = {address!r} cannot be read ({error}); check the address and your access to the bucket"
+        ) from error
+    if not files:
+        raise UserError(f"path = {address!r} holds no model; give the directory that holds config.json")
+    stats = {name: file.stat() for name, file in files.items()}
+    state = repr((address, [(name, s.length, s.mtime) for name, s in sorted(stats.items())]))
+    target = Path(constants.HF_HOME) / "gs" / sha256(state.encode()).hexdigest()
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=target.parent))
+    try:
+        for name, file in files.items():
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            file.copy(draft / name)
+        draft.replace(target)
+    except OSError as error:
+        if not target.is_dir():  # else another process was first
+            raise UserError(f"path = {address!r} could not be copied to {target.parent}: {error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def _list(directory: epath.Path) -> dict[str, epath.Path]:
+    """The files that a model needs, by their names relative to the directory."""
+    return {
+        str(file.relative_to(directory)): file
+        for pattern in FILES
+        for file in directory.glob(pattern)
+        if file.is_file()
+    }

@@ -1,0 +1,213 @@
+"""How the distance between student and target is measured: the loss axis of a recipe.
+
+`fused_divergence` is what training uses; it takes hidden states and heads, and the [rows, vocabulary] arrays of neither
+model ever exist whole (kernel in recipe/fused.py). `dense_divergence` is the same contract in plain jnp, for tests and
+the benchmark. Whole distributions only, no sampled-token estimates. Conventions: q student, p target; reverse_kl is
+KL(q||p), forward_kl is KL(p||q).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jaxtyping import Array, Float, Int, Num, Shaped
+
+from mpd_jax.recipe.fused import Spec, fused_loss
+from mpd_jax.types import UserError
+
+Kind = Literal["reverse_kl", "forward_kl", "jsd", "mix", "cross_entropy"]
+Stabiliser = Literal["none", "rescale", "per_entry"]
+Reduction = Literal["token_mean", "sum"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss of a recipe.
+
+    teacher_weight  jsd: b in m = b p + (1 - b) q, loss b KL(p||m) + (1 - b) KL(q||m); strictly between 0 and 1.
+    reverse_weight  mix: u in u KL(q||p) + (1 - u) KL(p||q).
+    stabiliser      "rescale" multiplies a token's loss by min(1, clip / loss), without gradient through the factor: it
+                    keeps the gradient's direction. "per_entry" replaces every vocabulary entry's term above `clip` by
+                    `clip` before the sum, as the OPSD code does. It is here for reproduction: large positive terms lose
+                    their gradient, negative ones keep theirs, so loss and step can point the wrong way.
+    reduction       what `weight_R` is made of: "token_mean" divides by the step's token count, "sum" does not.
+    chunk           rows a chunk at most; 0 chooses by size.
+    """
+
+    kind: Kind = "reverse_kl"
+    teacher_weight: float = 0.5
+    reverse_weight: float = 0.5
+    stabiliser: Stabiliser = "none"
+    clip: float = 0.05
+    reduction: Reduction = "token_mean"
+    chunk: int = 0
+
+    def __post_init__(self):
+        for key, allowed in (("kind", Kind), ("stabiliser", Stabiliser), ("reduction", Reduction)):
+            if getattr(self, key) not in get_args(allowed):
+                _refuse(key, getattr(self, key), f"one of {', '.join(get_args(allowed))}")
+        if not 0 < self.teacher_weight < 1:
+            remedy = "strictly between 0 and 1 (at either end the divergence is 0: use kind=forward_kl or reverse_kl)"
+            _refuse("teacher_weight", self.teacher_weight, remedy)
+        if not 0 <= self.reverse_weight <= 1:
+            _refuse("reverse_weight", self.reverse_weight, "from 0 to 1")
+        if not 0 < self.clip < float("inf"):
+            _refuse("clip", self.clip, "positive and finite (stabiliser=none switches it off)")
+        if self.chunk < 0:
+            _refuse("chunk", self.chunk, "0 (chosen by size) or a positive number of rows")
+        if self.kind == "cross_entropy" and self.stabiliser != "none":
+            _refuse(
+                "stabiliser", self.stabiliser, "none beside kind=cross_entropy, which has no target to clip against"
+            )
+
+
+def fused_divergence(
+    h_student_RD: Float[Array, "R D"],
+    W_student_VD: Float[Array, "V D"],
+    h_target_RE: Float[Array, "R E"],
+    W_target_VE: Float[Array, "U E"],
+    weight_R: Float[Array, "R"],
+    *,
+    loss: LossConfig,
+    mesh: Mesh | None = None,
+    vocab_size: int | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, "R"]]]:
+    """sum_r weight_r * divergence(student_r, target_r) in nats, and per-row stats; exact gradients at chunk memory.
+
+    weight_R carries mask, token weight and reduction (1 / global token count); a row of weight 0 has no influence,
+    whatever stands in it. Stats, fp32 [R] without gradient, 0 in rows of weight 0: "loss" (unweighted, before the
+    stabiliser), "student_entropy", "target_entropy". Gradients reach h_student_RD and W_student_VD only. Products take
+    operands in the hidden states' dtype and accumulate in fp32.
+    vocab_size is the number of real vocabulary rows, the first ones of both heads; rows beyond it are masked on both
+    sides, and the heads may then differ in length. mesh has axes among data, fsdp (rows) and tensor (vocabulary).
+    """
+    if loss.kind == "cross_entropy":
+        _refuse("kind", loss.kind, "a divergence here; labels go to fused_cross_entropy")
+    lengths = (W_student_VD.shape[0], W_target_VE.shape[0])
+    _check_shapes(h_student_RD, W_student_VD, weight_R, vocab_size)
+    _check_shapes(h_target_RE, W_target_VE, weight_R, vocab_size)
+    if vocab_size is None and lengths[0] != lengths[1]:
+        _refuse(
+            "vocab_size", None, f"the real vocabulary size, because the heads have {lengths[0]} and {lengths[1]} rows"
+        )
+    spec, vocab = _spec(loss, mesh, vocab_size, min(lengths), loss.chunk)
+    other = (lax.stop_gradient(h_target_RE), _to_length(lax.stop_gradient(W_target_VE), vocab))
+    return _on_divisible_rows(spec, h_student_RD, _to_length(W_student_VD, vocab), other, weight_R)
+
+
+def fused_cross_entropy(
+    h_RD: Float[Array, "R D"],
+    W_VD: Float[Array, "V D"],
+    label_R: Int[Array, "R"],
+    weight_R: Float[Array, "R"],
+    *,
+    mesh: Mesh | None = None,
+    vocab_size: int | None = None,
+    chunk: int = 0,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, "R"]]]:
+    """sum_r weight_r * -log q_r(label_r), and stats "loss", "student_entropy"; otherwise as `fused_divergence`.
+
+    A label outside the vocabulary makes the loss NaN, unless its weight is 0.
+    """
+    _check_shapes(h_RD, W_VD, weight_R, vocab_size)
+    spec, vocab = _spec(None, mesh, vocab_size, W_VD.shape[0], chunk)
+    return _on_divisible_rows(spec, h_RD, _to_length(W_VD, vocab), (label_R,), weight_R)
+
+
+def dense_divergence(
+    h_student_RD: Float[Array, "R D"],
+    W_student_VD: Float[Array, "V D"],
+    h_target_RE: Float[Array, "R E"],
+    W_target_VE: Float[Array, "U E"],
+    weight_R: Float[Array, "R"],
+    *,
+    loss: LossConfig,
+    mesh: Mesh | None = None,
+    vocab_size: int | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, "R"]]]:
+    """`fused_divergence` as a textbook writes it: both [R, V] arrays whole, gradients by autodiff. Ignores `mesh`."""
+    used = weight_R != 0
+
+    def head(h, W):
+        precision = lax.Precision.HIGHEST if h.dtype == jnp.float32 else None
+        h, W = jnp.where(used[:, None], h, 0), W[:vocab_size].astype(h.dtype)
+        dims = (((1,), (1,)), ((), ()))
+        return lax.dot_general(h, W, dims, precision=precision, preferred_element_type=jnp.float32)
+
+    lq = jax.nn.log_softmax(head(h_student_RD, W_student_VD))
+    lp = lax.stop_gradient(jax.nn.log_softmax(head(h_target_RE, W_target_VE)))
+    q, p = jnp.exp(lq), jnp.exp(lp)
+    match loss.kind:
+        case "reverse_kl":
+            term = q * (lq - lp)
+        case "forward_kl":
+            term = p * (lp - lq)
+        case "mix":
+            term = loss.reverse_weight * q * (lq - lp) + (1 - loss.reverse_weight) * p * (lp - lq)
+        case "jsd":
+            b = loss.teacher_weight
+            lm = jnp.logaddexp(jnp.log(b) + lp, jnp.log1p(-b) + lq)
+            term = b * p * (lp - lm) + (1 - b) * q * (lq - lm)
+        case _:
+            raise AssertionError(loss.kind)
+    raw = row = jnp.sum(term, axis=-1)
+    if loss.stabiliser == "per_entry":
+        row = jnp.sum(jnp.where(term <= loss.clip, term, loss.clip), axis=-1)
+    elif loss.stabiliser == "rescale":
+        row = lax.stop_gradient(jnp.where(raw > loss.clip, loss.clip / raw, 1.0)) * raw
+    stats = {"loss": raw, "student_entropy": -jnp.sum(q * lq, axis=-1), "target_entropy": -jnp.sum(p * lp, axis=-1)}
+    stats = {name: lax.stop_gradient(jnp.where(used, x, 0.0)) for name, x in stats.items()}
+    return jnp.sum(jnp.where(used, weight_R * row, 0.0)), stats
+
+
+def masked_mean(x: Num[Array, "*shape"], mask: Shaped[Array, "*shape"]) -> Float[Array, ""]:
+    """Mean of x where mask is not 0, in fp32; 0 (with gradient 0) where nothing is. What is masked may be NaN."""
+    kept = mask != 0
+    return jnp.sum(jnp.where(kept, x.astype(jnp.float32), 0.0)) / jnp.maximum(jnp.sum(kept), 1)
+
+
+def _spec(
+    loss: LossConfig | None, mesh: Mesh | None, vocab_size: int | None, shortest: int, chunk: int
+) -> tuple[Spec, int]:
+    """The kernel's static part, and the length that heads are brought to: equal, and divisible over the mesh."""
+    spec = Spec(loss, mesh, vocab_size, chunk)
+    shards = spec.axis_size("tensor")
+    vocab = -(-shortest // shards) * shards
+    real = shortest if vocab_size is None else vocab_size
+    return Spec(loss, mesh, None if real == vocab else real, chunk), vocab
+
+
+def _on_divisible_rows(spec: Spec, h_RD, W_VD, other, weight_R):
+    """The kernel on rows padded to divide over the mesh; what is appended has weight 0."""
+    R = weight_R.shape[0]
+    whole = -(-R // spec.row_shards) * spec.row_shards
+    weight_R = _to_length(lax.stop_gradient(weight_R).astype(jnp.float32), whole)
+    arrays = (_to_length(h_RD, whole), W_VD, (_to_length(other[0], whole), *other[1:]), weight_R)
+    mesh = spec.mesh
+    if mesh is not None and AxisType.Explicit in mesh.axis_types:
+        # Where shardings are part of types, shard_map takes only what lies as it wants it.
+        to = jax.tree.map(lambda place: NamedSharding(mesh, place), spec.placement(h_RD, other))
+        arrays = jax.reshard(arrays, to)
+    value, stats = fused_loss(spec, *arrays)
+    return value, {name: lax.stop_gradient(x[:R]) for name, x in stats.items()}
+
+
+def _to_length(x: jax.Array, rows: int) -> jax.Array:
+    """The first `rows` rows, zeros appended where there are fewer."""
+    short = rows - x.shape[0]
+    return x[:rows] if short <= 0 else jnp.pad(x, [(0, short)] + [(0, 0)] * (x.ndim - 1))
+
+
+def _check_shapes(h_RD, W_VD, weight_R, vocab_size: int | None) -> None:
+    if h_RD.ndim != 2 or W_VD.ndim != 2 or h_RD.shape != (*weight_R.shape, W_VD.shape[1]):
+        shapes = f"h {h_RD.shape}, W {W_VD.shape}, weight {weight_R.shape}"
+        raise UserError(f"{shapes}: expected h [R, D], W [V, D] and weight [R]; flatten [B, R, D] to [B * R, D] first")
+    if vocab_size is not None and not 0 < vocab_size <= W_VD.shape[0]:
+        _refuse("vocab_size", vocab_size, f"from 1 to the {W_VD.shape[0]} rows of the shorter head")
+
+
+def _refuse(key: str, value, allowed: str) -> None:
+    raise UserError(f"recipe.loss.{key}={value!r} is not possible: it must be {allowed}")

@@ -1,0 +1,158 @@
+"""A recipe: the four answers, and the reasons for which some combinations are refused.
+
+What is not refused is allowed, also where no paper has a name for it. Ranges of single values are checked by their
+owners; what depends on models, problems or sizes is checked where those are known (config.py, build.py).
+"""
+
+from dataclasses import dataclass, field
+
+from mpd_jax.data.chat import Contexts, check_contexts
+from mpd_jax.recipe.loss import LossConfig
+from mpd_jax.recipe.rewrite import RewriteConfig
+from mpd_jax.recipe.target import TargetConfig
+from mpd_jax.recipe.write import WriteConfig
+from mpd_jax.types import UserError
+
+__all__ = ["Contexts", "LossConfig", "Recipe", "RewriteConfig", "TargetConfig", "WriteConfig", "refusals", "validate"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Who writes, who rewrites, which target, which loss: all four have to be said. Contexts are the wordings."""
+
+    write: WriteConfig
+    rewrite: RewriteConfig
+    target: TargetConfig
+    loss: LossConfig
+    contexts: Contexts = field(default_factory=Contexts)
+
+
+def refusals(recipe: Recipe) -> list[str]:
+    """Why a recipe makes no sense: key, value and remedy of each reason."""
+    return [message for refused, message in _reasons(recipe) if refused]
+
+
+def validate(recipe: Recipe) -> None:
+    """Raises UserError with every reason against a recipe."""
+    found = refusals(recipe)
+    if found:
+        raise UserError("\n".join(found))
+    check_contexts(recipe.contexts)
+
+
+def _reasons(recipe: Recipe) -> list[tuple[bool, str]]:
+    return [
+        *_write_reasons(recipe),
+        *_rewrite_reasons(recipe.rewrite),
+        *_target_reasons(recipe),
+        *_loss_reasons(recipe.loss),
+    ]
+
+
+def _write_reasons(recipe: Recipe) -> list[tuple[bool, str]]:
+    write = recipe.write
+    return [
+        (
+            write.attempts < 1,
+            f"recipe.write.attempts: {write.attempts} is not allowed; it must be 1 or more",
+        ),
+        (
+            write.by == "dataset" and write.attempts > 1,
+            f"recipe.write.attempts: {write.attempts} with recipe.write.by=dataset would repeat each item unchanged; "
+            "set it to 1, or let a model write",
+        ),
+    ]
+
+
+def _rewrite_reasons(rewrite: RewriteConfig) -> list[tuple[bool, str]]:
+    nobody, truncate = rewrite.how == "nobody", rewrite.how == "truncate"
+    budgets = [name for name in ("truncate_to", "truncate_ratio") if getattr(rewrite, name) is not None]
+    return [
+        (
+            nobody and bool(rewrite.keep),
+            f"recipe.rewrite.keep: {list(rewrite.keep)} judges rewrites, and recipe.rewrite.how=nobody makes none; "
+            "leave it empty, or set how to compress or truncate",
+        ),
+        (
+            nobody and rewrite.fallback == "original",
+            "recipe.rewrite.fallback: 'original' replaces failed rewrites, and recipe.rewrite.how=nobody makes none; "
+            "leave it at drop, or set how to compress or truncate",
+        ),
+        (
+            len(set(rewrite.keep)) < len(rewrite.keep),
+            f"recipe.rewrite.keep: {list(rewrite.keep)} names a rule twice; name each once",
+        ),
+        (
+            truncate and len(budgets) != 1,
+            f"recipe.rewrite.truncate_to: how=truncate needs one budget and got {len(budgets)}; set truncate_to "
+            "(tokens) or truncate_ratio (share of the original's reasoning)",
+        ),
+        (
+            not truncate and bool(budgets),
+            f"recipe.rewrite.{budgets[0] if budgets else ''}: a budget, but recipe.rewrite.how={rewrite.how} cuts "
+            "nothing; set how=truncate, or remove it",
+        ),
+        (
+            rewrite.truncate_to is not None and rewrite.truncate_to < 0,
+            f"recipe.rewrite.truncate_to: {rewrite.truncate_to} is not allowed; it must be 0 or more",
+        ),
+        (
+            rewrite.truncate_ratio is not None and not 0 <= rewrite.truncate_ratio < 1,
+            f"recipe.rewrite.truncate_ratio: {rewrite.truncate_ratio} is not allowed; it must lie in [0, 1)",
+        ),
+    ]
+
+
+def _target_reasons(recipe: Recipe) -> list[tuple[bool, str]]:
+    target, kind = recipe.target, recipe.loss.kind
+    none, refreshed = target.weights == "none", target.weights == "self_refreshed"
+    return [
+        (
+            kind == "cross_entropy" and not none,
+            f"recipe.target.weights: {target.weights!r} has no part in recipe.loss.kind=cross_entropy, whose target is "
+            "the tokens themselves; set recipe.target.weights=none, or choose a divergence",
+        ),
+        (
+            none and recipe.write.by == "student" and recipe.rewrite.how == "nobody",
+            "recipe.write.by: 'student' with recipe.rewrite.how=nobody and recipe.target.weights=none would train the "
+            "student on its own words; let another model write or rewrite, or name a target",
+        ),
+        (
+            kind != "cross_entropy" and none,
+            f"recipe.loss.kind: {kind!r} measures the distance to a distribution, and recipe.target.weights=none gives "
+            "none; set weights to teacher, self_frozen or self_refreshed, or use kind=cross_entropy",
+        ),
+        (
+            target.every is not None and not refreshed,
+            f"recipe.target.every: {target.every} renews a self copy, and recipe.target.weights={target.weights} has "
+            "none to renew; remove it, or set weights=self_refreshed",
+        ),
+        (
+            refreshed and (target.every is None or target.every < 1),
+            f"recipe.target.every: {target.every} is not allowed with weights=self_refreshed; set the updates between "
+            "renewals, 1 or more (CRISP: 50; at 1 it collapsed)",
+        ),
+        (
+            none and target.context != "plain",
+            f"recipe.target.context: {target.context!r} is what a target reads, and recipe.target.weights=none has "
+            "none; remove it, or name a target",
+        ),
+    ]
+
+
+def _loss_reasons(loss: LossConfig) -> list[tuple[bool, str]]:
+    defaults = LossConfig()
+    reasons = []
+    for name, wants, used in (
+        ("clip", "stabiliser=rescale or per_entry", loss.stabiliser != "none"),
+        ("teacher_weight", "kind=jsd", loss.kind == "jsd"),
+        ("reverse_weight", "kind=mix", loss.kind == "mix"),
+    ):
+        value = getattr(loss, name)
+        reasons.append(
+            (
+                value != getattr(defaults, name) and not used,
+                f"recipe.loss.{name}: {value} has no effect without recipe.loss.{wants}; set that, or remove {name}",
+            )
+        )
+    return reasons

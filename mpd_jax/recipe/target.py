@@ -1,0 +1,50 @@
+"""The target axis: whose weights give the distribution the student is pulled to, and when a self copy is renewed.
+
+The context the target is read under is a matter of its prompts (data/batching.py), not of its weights.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+Weights = Any
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """weights: the teacher's, a copy of the student's own (frozen at the start, or renewed), or none.
+
+    context: the prompt the target reads the response after. every: updates between renewals, self_refreshed only
+    (CRISP: 50).
+    """
+
+    weights: Literal["teacher", "self_frozen", "self_refreshed", "none"] = "teacher"
+    context: Literal["plain", "concise"] = "plain"
+    every: int | None = None
+
+    @property
+    def is_self(self) -> bool:
+        return self.weights in ("self_frozen", "self_refreshed")
+
+
+def copied(weights: Weights) -> Weights:
+    """The same values in buffers of their own, placed alike: the student's are donated to the next update."""
+    return jax.tree.map(jnp.copy, weights)
+
+
+def start(config: TargetConfig, student_weights: Weights, teacher_weights: Weights | None) -> Weights | None:
+    """The target's weights at step 0: a copy of the student's, the teacher's themselves (frozen anyway), or None."""
+    if config.is_self:
+        return copied(student_weights)
+    return teacher_weights if config.weights == "teacher" else None
+
+
+def refresh(config: TargetConfig, target_weights: Weights, student_weights: Weights, updates: int) -> Weights:
+    """The target's weights after `updates` updates in all: a fresh copy of the student's when one is due."""
+    if config.weights == "self_refreshed":
+        assert config.every is not None, "self_refreshed without an interval"
+        if updates % config.every == 0:
+            return copied(student_weights)
+    return target_weights

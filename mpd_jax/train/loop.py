@@ -1,0 +1,194 @@
+"""The training loop: write, rewrite, batch, update, refresh, and what is due after a step.
+
+It knows no recipe: `Parts` holds the callables that build.py made of one. A run that was killed at any moment and is
+started again repeats the same steps with the same trajectories.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpd_jax.train.checkpoint import Checkpoints
+from mpd_jax.train.metrics import Clock, Metrics, Row, summarise
+from mpd_jax.train.records import Records, write_atomically
+from mpd_jax.train.state import PyTree, RunState, Trained
+from mpd_jax.train.step import Out
+from mpd_jax.types import Batch, Problem, Trajectory, UserError
+
+
+class TrainingFailure(UserError):
+    """A loss or gradient that is not finite."""
+
+
+class Problems(Protocol):
+    def at(self, step: int) -> Sequence[Problem]: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A run, taken apart.
+
+    write, rewrite: (problems, step) -> trajectories; (problems, written, step) -> as many, with verdicts.
+    to_batch:       the kept trajectories as arrays of fixed shapes, or None if none is left.
+    load_student:   hands weights and their version (updates done) to the student's sampler.
+    teacher_weights: what the target is read with, unless the state holds a self copy.
+    refresh:        (self copy, student weights, updates done) -> self copy.
+    evaluate:       (state) after every `eval_every` updates (0: never) but the last, which the caller measures; the
+                    student's sampler has been loaded.
+    grade:          share of the written trajectories that are right, if that can be told cheaply.
+    """
+
+    run_dir: Path
+    steps: int
+    save_every: int
+    eval_every: int
+    problems: Problems
+    write: Callable[[Sequence[Problem], int], Sequence[Trajectory]]
+    rewrite: Callable[[Sequence[Problem], Sequence[Trajectory], int], Sequence[Trajectory]]
+    to_batch: Callable[[Sequence[Problem], Sequence[Trajectory]], Batch | None]
+    update: Callable[[Trained, PyTree, Batch], tuple[Trained, Out]]
+    load_student: Callable[[PyTree, int], None]
+    checkpoints: Checkpoints
+    records: Records
+    metrics: Metrics
+    clock: Clock
+    teacher_weights: PyTree | None = None
+    refresh: Callable[[PyTree, PyTree, int], PyTree] | None = None
+    evaluate: Callable[[RunState], None] | None = None
+    grade: Callable[[Sequence[Problem], Sequence[Trajectory]], float | None] | None = None
+
+
+def train(parts: Parts, state: RunState) -> RunState:
+    """Runs the steps that are left. `state` is used up: its buffers are donated to the first update."""
+    run = _Run(parts)
+    try:
+        for step in range(state.step, parts.steps):
+            problems = parts.problems.at(step)
+            trajectories = run.trajectories(state, problems)
+            batch = run.batch(step, problems, trajectories)
+            state, out = run.update(state, problems, batch)
+            state = run.refresh(state)
+            run.measure(step, out, problems, trajectories, batch)
+            if parts.eval_every and state.step % parts.eval_every == 0 and state.step < parts.steps:
+                run.evaluate(state)
+            if state.step % parts.save_every == 0 or state.step == parts.steps:
+                run.save(state)
+        run.settle(behind=0)
+    finally:
+        parts.checkpoints.wait()
+        parts.clock.end()
+    return state
+
+
+class _Run:
+    """What the loop remembers from one step to the next, and nothing that a checkpoint would have to hold."""
+
+    def __init__(self, parts: Parts):
+        self.parts = parts
+        self.loaded: int | None = None
+        self.held: dict[int, tuple[Sequence[Problem], Batch]] = {}
+
+    def trajectories(self, state: RunState, problems: Sequence[Problem]) -> Sequence[Trajectory]:
+        """From disk if a run that was killed had come that far, else sampled; on disk before anyone uses them."""
+        parts, step = self.parts, state.step
+        final = parts.records.load(step, problems)
+        if final is not None:
+            return final
+        parts.clock.begin(step, "write")
+        self.load(state)
+        written = parts.records.load(step, problems, stage="written")
+        if written is None:
+            written = parts.write(problems, step)
+            parts.records.save(step, written, stage="written")
+        parts.clock.begin(step, "rewrite")
+        final = parts.rewrite(problems, written, step)
+        parts.records.save(step, final)
+        return final
+
+    def batch(self, step: int, problems: Sequence[Problem], trajectories: Sequence[Trajectory]) -> Batch | None:
+        self.parts.clock.begin(step, "update")
+        return self.parts.to_batch(problems, trajectories)
+
+    def load(self, state: RunState) -> None:
+        if self.loaded != state.step:
+            self.parts.load_student(state.weights, state.step)
+            self.loaded = state.step
+
+    def update(self, state: RunState, problems: Sequence[Problem], batch: Batch | None) -> tuple[RunState, Out | None]:
+        parts, step = self.parts, state.step
+        memory = {**state.memory, "served_version": step}
+        if batch is None or not np.any(np.asarray(batch.weight_BR) > 0):
+            memory["skipped_updates"] = memory.get("skipped_updates", 0) + 1
+            return state._replace(step=step + 1, memory=memory), None
+        self.held = {number: held for number, held in self.held.items() if number >= step - 1}
+        self.held[step] = (problems, batch)
+        target_weights = parts.teacher_weights if state.self_weights is None else state.self_weights
+        trained, out = parts.update(Trained(state.weights, state.opt_state), target_weights, batch)
+        parts.clock.watch(out)
+        return state._replace(**trained._asdict(), step=step + 1, memory=memory), out
+
+    def refresh(self, state: RunState) -> RunState:
+        if state.self_weights is None or self.parts.refresh is None:
+            return state
+        return state._replace(self_weights=self.parts.refresh(state.self_weights, state.weights, state.step))
+
+    def measure(
+        self,
+        step: int,
+        out: Out | None,
+        problems: Sequence[Problem],
+        trajectories: Sequence[Trajectory],
+        batch: Batch | None,
+    ) -> None:
+        """Host work while the device updates; then the figures of the step before, which are ready by now."""
+        row = summarise(trajectories)
+        rows = 0 if batch is None else int(np.any(np.asarray(batch.weight_BR) > 0, axis=1).sum())
+        row["too_long"] = row["trajectories"] - row["dropped"] - rows
+        if self.parts.grade is not None:
+            row["rollout_accuracy"] = self.parts.grade(problems, [t.original or t for t in trajectories])
+        self.parts.metrics.add(step, out, row, self.parts.clock.take())
+        self.settle(behind=1)
+
+    def settle(self, behind: int) -> None:
+        for row in self.parts.metrics.settle(behind):
+            if not row["finite"]:
+                self.fail(row)
+
+    def fail(self, row: Row) -> None:
+        step = row["step"]
+        problems, batch = self.held[step]
+        path = self.parts.run_dir / f"failed_step_{step:06d}.npz"
+        ids = [problem.id for problem in problems]
+        save_batch(path, batch, ids)
+        raise TrainingFailure(
+            f"step {step}: the loss or its gradient is not finite (loss {row['loss']}, gradient norm "
+            f"{row['grad_norm']}) on problems {', '.join(ids)}; the weights were left as they were, the batch is in "
+            f"{path}. Lower train.learning_rate or train.max_grad_norm, or use float32 for student.dtype, and run the "
+            f"same command again: it resumes from the last checkpoint"
+        )
+
+    def evaluate(self, state: RunState) -> None:
+        assert self.parts.evaluate is not None, "eval_every without evaluate"
+        self.settle(behind=0)
+        self.parts.clock.begin(state.step - 1, "evaluate")
+        self.load(state)
+        self.parts.evaluate(state)
+        self.parts.clock.take()()
+
+    def save(self, state: RunState) -> None:
+        """Only after the flags of all steps so far were read."""
+        self.settle(behind=0)
+        self.parts.clock.begin(state.step - 1, "save")
+        self.parts.checkpoints.save(state)
+        self.parts.clock.take()()
+
+
+def save_batch(path: Path, batch: Batch, problem_ids: Sequence[str]) -> None:
+    arrays: dict[str, Any] = {name: np.asarray(array) for name, array in batch._asdict().items()}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, problem_ids=np.array(problem_ids), **arrays)
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,196 @@
+"""metrics.jsonl (one row a step), the wall time of each phase, and phase.log (which phase began when).
+
+The device's figures of a step are read once the next step's work is under way, so the device is never waited for.
+Lengths come from sampled ids, before anything is dropped or masked.
+"""
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpd_jax.train.records import write_atomically, writing
+from mpd_jax.train.step import POSITION_EDGES, Out
+from mpd_jax.types import Trajectory
+
+Row = dict[str, Any]
+
+
+class PhaseLog:
+    """Appends "step phase seconds-since-epoch" to a file, at once, so that a killed run's last phase is known."""
+
+    def __init__(self, path: Path):
+        self._lock = Lock()
+        self._path = path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
+
+    def __call__(self, step: int, phase: str) -> None:
+        with self._lock, writing(self._path):
+            self._file.write(f"{step} {phase} {time.time():.6f}\n".encode())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Clock:
+    """Wall seconds of a step's phases, and in `totals` of the whole process.
+
+    An update runs on after it was handed to the device: a watching thread notes when it was ready, and a phase that
+    overlaps it (a writer waiting for the new weights) is charged the rest only.
+    """
+
+    def __init__(self, log: Callable[[int, str], None] = lambda step, phase: None):
+        self.totals: Counter[str] = Counter()
+        self._log = log
+        self._watcher = ThreadPoolExecutor(1, thread_name_prefix="update-ready")
+        self._phase: tuple[str, float] | None = None
+        self._spans: dict[str, tuple[float, float | Future]] = {}
+        self._busy_until: float | Future = 0.0
+
+    def begin(self, step: int, phase: str) -> None:
+        self.end()
+        self._log(step, phase)
+        self._phase = (phase, time.perf_counter())
+
+    def end(self) -> None:
+        if self._phase is not None:
+            name, start = self._phase
+            self._spans[name] = (start, time.perf_counter())
+            self._phase = None
+
+    def watch(self, out: Out) -> None:
+        """The running phase ends when `out` is ready on the device."""
+        assert self._phase is not None, "watch outside a phase"
+        name, start = self._phase
+        self._spans[name] = (start, self._watcher.submit(_ready_at, out))
+        self._phase = None
+
+    def take(self) -> Callable[[], dict[str, float]]:
+        """The spans since the last call, as seconds by phase once the update is through."""
+        self.end()
+        spans, busy = self._spans, self._busy_until
+        self._spans = {}
+        self._busy_until = next((end for _, end in spans.values() if isinstance(end, Future)), 0.0)
+
+        def seconds() -> dict[str, float]:
+            free = busy.result() if isinstance(busy, Future) else busy
+            ends = {name: end.result() if isinstance(end, Future) else end for name, (_, end) in spans.items()}
+            by_phase = {name: max(0.0, ends[name] - max(start, free)) for name, (start, _) in spans.items()}
+            self.totals.update(by_phase)
+            return by_phase
+
+        return seconds
+
+    def close(self) -> None:
+        self._watcher.shutdown(wait=False, cancel_futures=True)
+
+
+def _ready_at(out: Out) -> float:
+    jax.block_until_ready(out)
+    return time.perf_counter()
+
+
+def summarise(trajectories: Sequence[Trajectory]) -> Row:
+    """What the ids alone tell: counts of verdicts and endings, lengths before and after rewriting."""
+    originals = [t.original or t for t in trajectories]
+    kept = [t for t in trajectories if not t.dropped]
+    before, after = [len(t.response) for t in originals], [len(t.response) for t in kept]
+    before_kept = sum(len((t.original or t).response) for t in kept)
+    return {
+        "trajectories": len(trajectories),
+        "dropped": len(trajectories) - len(kept),
+        "verdicts": dict(sorted(Counter(t.verdict for t in trajectories).items())),
+        "ended": dict(sorted(Counter(t.ended for t in originals).items())),
+        "written_tokens": _mean(before),
+        "response_tokens": _mean(after),
+        "compression_ratio": sum(after) / before_kept if before_kept else None,
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def device_row(out: Out) -> Row:
+    """The update's figures as plain numbers; sums become means over the tokens that count."""
+    host = {name: np.asarray(value, dtype=np.float64) for name, value in jax.device_get(out).items()}
+    tokens = float(host["tokens"])
+    row: Row = {"loss": _number(host["loss"]), "grad_norm": _number(host["grad_norm"]), "finite": bool(host["finite"])}
+    row["tokens"] = int(tokens)
+    for name in ("divergence", "student_entropy", "target_entropy"):
+        if name in host:
+            row[name] = _number(host[name] / tokens) if tokens else None
+    starts = (0, *POSITION_EDGES)
+    row["divergence_by_position"] = [
+        {"from": start, "tokens": int(count), "mean": _number(total / count)}
+        for start, count, total in zip(starts, host["tokens_at"], host["divergence_at"], strict=True)
+        if count
+    ]
+    return row
+
+
+def _number(value: Any) -> float | None:
+    """JSON knows no NaN: what is not finite is null, and the row's `finite` says so."""
+    return float(value) if math.isfinite(value) else None
+
+
+class Metrics:
+    """metrics.jsonl. Rows of steps that are about to be redone are cut off when it is opened."""
+
+    def __init__(self, run_dir: Path, start_step: int, live: Callable[[Row], None] | None = None):
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self._live = live
+        self._pending: list[tuple[Row, Out | None, Callable[[], dict[str, float]]]] = []
+        self._truncate(start_step)
+        with writing(self.path):
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+
+    def add(self, step: int, out: Out | None, host: Row, seconds: Callable[[], dict[str, float]]) -> None:
+        """`out` None is a step without an update (nothing to learn from was left)."""
+        self._pending.append(({"step": step, **host}, out, seconds))
+
+    def settle(self, behind: int = 0) -> list[Row]:
+        """Reads and writes the pending rows but the last `behind`; returns them."""
+        done = []
+        while len(self._pending) > behind:
+            row, out, seconds = self._pending.pop(0)
+            row |= device_row(out) if out is not None else {"loss": None, "finite": True, "skipped": True}
+            by_phase = {**dict.fromkeys(("write", "rewrite", "update"), 0.0), **seconds()}
+            by_phase["train"] = by_phase.pop("update")
+            total = sum(by_phase.values())
+            row |= {f"{name}_seconds": round(value, 6) for name, value in by_phase.items()}
+            row |= {f"{name}_share": round(value / total, 6) if total else 0.0 for name, value in by_phase.items()}
+            with writing(self.path):
+                self._file.write(json.dumps(row) + "\n")
+                self._file.flush()
+            if self._live is not None:
+                self._live(row)
+            done.append(row)
+        return done
+
+    def close(self) -> None:
+        with writing(self.path):
+            self._file.close()
+
+    def _truncate(self, start_step: int) -> None:
+        rows = read_rows(self.path)
+        kept = [row for row in rows if row["step"] < start_step]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics file. A last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

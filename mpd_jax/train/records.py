@@ -1,0 +1,103 @@
+"""A step's trajectories on disk, before the update that uses them; a resumed run reads them back instead of sampling.
+
+One JSON Lines file a step: a head line (step, seed, stage), then one trajectory a line. Round trips are exact: ids are
+integers and Python writes floats so that they read back as the same bits. Files appear whole or not at all.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mpd_jax.types import Problem, Trajectory, UserError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An operating-system error while writing under `run.dir` as one clear message."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run.dir: {path} could not be written: {error.strerror or error}. What was already saved is intact: free "
+            f"space or mend permissions there and run the same command again to resume (or choose another run.dir)"
+        ) from error
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """The file holds the old content or the new, whenever the process is killed or the disk is full."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def to_json(trajectory: Trajectory) -> str:
+    return json.dumps(_fields(trajectory), separators=(",", ":"))
+
+
+def _fields(trajectory: Trajectory) -> dict[str, Any]:
+    original = trajectory.original
+    return {**vars(trajectory), "original": _fields(original) if original else None}
+
+
+def from_json(line: str) -> Trajectory:
+    return _trajectory(json.loads(line))
+
+
+def _trajectory(fields: dict[str, Any]) -> Trajectory:
+    original = fields["original"]
+    tuples = {name: tuple(fields[name]) for name in ("prompt", "response", "logprobs")}
+    return Trajectory(**{**fields, **tuples, "original": _trajectory(original) if original else None})
+
+
+class Records:
+    """Files `trajectories/step_000012.jsonl` of a run; what was written is kept until its rewrite is there.
+
+    `settings` stands for whatever else the trajectories depend on; those made under other settings are made again.
+    """
+
+    def __init__(self, run_dir: Path, seed: int, settings: str = ""):
+        self.directory = Path(run_dir) / "trajectories"
+        self._seed = seed
+        self._settings = settings
+
+    def path(self, step: int, stage: str = "final") -> Path:
+        suffix = "" if stage == "final" else f".{stage}"
+        return self.directory / f"step_{step:06d}{suffix}.jsonl"
+
+    def save(self, step: int, trajectories: Sequence[Trajectory], stage: str = "final") -> None:
+        head = json.dumps({"step": step, "stage": stage, "seed": self._seed, "settings": self._settings})
+        write_atomically(self.path(step, stage), "\n".join([head, *map(to_json, trajectories)]) + "\n")
+        if stage == "final":
+            self.path(step, "written").unlink(missing_ok=True)
+
+    def load(self, step: int, problems: Sequence[Problem], stage: str = "final") -> list[Trajectory] | None:
+        """The trajectories of a step, or None when it has none on disk. Those of another run are refused."""
+        path = self.path(step, stage)
+        if not path.exists():
+            return None
+        first, *lines = path.read_text().splitlines()
+        head = json.loads(first)
+        if head["settings"] != self._settings:
+            return None
+        trajectories = [from_json(line) for line in lines]
+        strangers = sorted({t.problem_id for t in trajectories} - {p.id for p in problems})
+        if head["seed"] != self._seed or strangers:
+            found = f"problem {strangers[0]!r}" if strangers else f"run.seed = {head['seed']}"
+            raise UserError(
+                f"run.dir: {path} was written by another run ({found} is not of this one, run.seed = "
+                f"{self._seed}); choose another run.dir, or restore the run's own run.seed and problems"
+            )
+        return trajectories

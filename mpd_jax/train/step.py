@@ -1,0 +1,190 @@
+"""One optimiser update, jitted once per batch shape: hidden states of both models, the loss, AdamW.
+
+The batch's weights are already divided by the global token count, so micro-batches add up to the whole batch's loss and
+gradient. A non-finite loss or gradient leaves the state as it was and lowers the `finite` flag.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mpd_jax.models.decoder import Model
+from mpd_jax.recipe.loss import LossConfig, fused_cross_entropy, fused_divergence
+from mpd_jax.sharding import batch_sharding
+from mpd_jax.train.state import PyTree, Trained, trained_shardings
+from mpd_jax.types import Batch, UserError
+
+# Response positions are reported in buckets [0, 4), [4, 16), ... [16384, inf): the first tokens, where a wrong template
+# shows, stand apart, and a bucket means the same at every length.
+POSITION_EDGES = (4, 16, 64, 256, 1024, 4096, 16384)
+
+Out = dict[str, jax.Array]
+TracedBatch = Any  # a Batch whose arrays are all on the device
+
+
+def response_rows(hidden_BTD: jax.Array, at_BR: jax.Array) -> jax.Array:
+    """The hidden states that predict the response, one row per token: [B * R, D]."""
+    picked_BRD = jnp.take_along_axis(hidden_BTD, at_BR[:, :, None], axis=1)
+    return picked_BRD.reshape(-1, picked_BRD.shape[-1])
+
+
+def position_sums(value_R: jax.Array, counts_R: jax.Array, response_length: int) -> jax.Array:
+    """Sum of `value_R` over the tokens that count, in each bucket of response positions."""
+    position_R = jnp.arange(value_R.shape[0]) % response_length
+    bucket_R = jnp.searchsorted(jnp.array(POSITION_EDGES), position_R, side="right")
+    return jax.ops.segment_sum(jnp.where(counts_R, value_R, 0.0), bucket_R, len(POSITION_EDGES) + 1)
+
+
+class Update:
+    """`update(trained, target_weights, batch) -> (trained, out)`; `trained` is donated, the target is only read.
+
+    out: "loss" (what was minimised), "grad_norm", "finite", "tokens", sums over the tokens that count of "divergence",
+    "student_entropy", "target_entropy", and by position bucket "divergence_at", "tokens_at".
+    `traces` counts compilations: one per batch shape.
+    """
+
+    def __init__(
+        self,
+        body: Callable[[Trained, PyTree, TracedBatch], tuple[Trained, Out]],
+        mesh: Mesh | None,
+        pieces: int,
+        shardings: Trained | None,
+    ):
+        self.traces = 0
+        self._mesh = mesh
+        self._pieces = pieces
+
+        def traced(trained: Trained, target_weights: PyTree, batch: TracedBatch) -> tuple[Trained, Out]:
+            self.traces += 1
+            return body(trained, target_weights, batch)
+
+        places = None if mesh is None else (shardings, NamedSharding(mesh, PartitionSpec()))
+        self._jitted: Any = jax.jit(traced, donate_argnums=0, out_shardings=places)
+
+    def __call__(self, trained: Trained, target_weights: PyTree, batch: Batch) -> tuple[Trained, Out]:
+        with self._on_mesh():
+            return self._jitted(trained, target_weights, self.place(batch))
+
+    def lower(self, trained: Trained, target_weights: PyTree, batch: Batch) -> Any:
+        """The lowered program for arguments of these shapes; their values are not read."""
+        with self._on_mesh():
+            return self._jitted.lower(trained, target_weights, batch)
+
+    def _on_mesh(self) -> AbstractContextManager:
+        """The decoder places its activations on the mesh that is set while it is traced."""
+        return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def place(self, batch: Batch) -> Batch:
+        """The host's batch on the devices; every host holds the whole of it and hands over its own rows."""
+        rows = batch.response_BR.shape[0]
+        shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        if rows % (shards * self._pieces):
+            raise UserError(
+                f"a batch of {rows} rows (train.batch_size x attempts) does not divide into train.micro_batches = "
+                f"{self._pieces} pieces over data x fsdp = {shards} devices; "
+                f"choose a multiple of {shards * self._pieces}"
+            )
+        if self._mesh is None:
+            return jax.tree.map(jnp.asarray, batch)
+        sharding = batch_sharding(self._mesh)
+
+        def spread(array: Any) -> jax.Array:
+            host = np.asarray(array)
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+        return jax.tree.map(spread, batch)
+
+
+def make_update(
+    student: Model,
+    target: Model | None,
+    loss: LossConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh | None,
+    *,
+    vocab_size: int,
+    micro_batches: int = 1,
+) -> Update:
+    """The update of a recipe; `target` None trains on the response tokens themselves."""
+    shardings = trained_shardings(student, tx, mesh) if mesh is not None else None
+
+    def objective(weights: PyTree, target_rows: tuple[jax.Array, jax.Array] | None, batch: TracedBatch):
+        rows_RD = response_rows(student.hidden(weights, batch.student_tokens_BT), batch.student_at_BR)
+        head_VD, weight_R = student.head(weights), batch.weight_BR.reshape(-1)
+        if target_rows is None:
+            labels_R = batch.response_BR.reshape(-1)
+            return fused_cross_entropy(
+                rows_RD, head_VD, labels_R, weight_R, mesh=mesh, vocab_size=vocab_size, chunk=loss.chunk
+            )
+        return fused_divergence(rows_RD, head_VD, *target_rows, weight_R, loss=loss, mesh=mesh, vocab_size=vocab_size)
+
+    def piece(weights: PyTree, target_weights: PyTree, batch: TracedBatch) -> tuple[PyTree, Out]:
+        """Gradient and sums of one micro-batch. The target is read outside the differentiated function."""
+        target_rows = None
+        if target is not None:
+            hidden_BTE = target.hidden(target_weights, batch.target_tokens_BT)
+            rows_RE = response_rows(hidden_BTE, batch.target_at_BR)
+            target_rows = jax.lax.stop_gradient((rows_RE, target.head(target_weights)))
+        (value, stats), gradient = jax.value_and_grad(objective, has_aux=True)(weights, target_rows, batch)
+        if shardings is not None:
+            gradient = jax.lax.with_sharding_constraint(gradient, shardings.weights)
+        return gradient, {"loss": value, **token_sums(stats, batch.weight_BR)}
+
+    def body(trained: Trained, target_weights: PyTree, batch: TracedBatch) -> tuple[Trained, Out]:
+        gradient, out = accumulate(
+            lambda part: piece(trained.weights, target_weights, part), batch, micro_batches, mesh
+        )
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(norm) & jnp.isfinite(out["loss"])
+        updates, opt_state = tx.update(gradient, trained.opt_state, trained.weights)
+        moved = Trained(optax.apply_updates(trained.weights, updates), opt_state)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, trained)
+        return kept, {**out, "grad_norm": norm, "finite": finite}
+
+    return Update(body, mesh, micro_batches, shardings)
+
+
+def token_sums(stats: dict[str, jax.Array], weight_BR: jax.Array) -> Out:
+    counts_R = weight_BR.reshape(-1) > 0
+    length = weight_BR.shape[1]
+    at = position_sums(stats["loss"], counts_R, length)
+    tokens_at = position_sums(jnp.ones_like(stats["loss"]), counts_R, length)
+    sums = {"tokens": tokens_at.sum(), "divergence": at.sum(), "divergence_at": at, "tokens_at": tokens_at}
+    for name in ("student_entropy", "target_entropy"):
+        if name in stats:
+            sums[name] = jnp.where(counts_R, stats[name], 0.0).sum()
+    return sums
+
+
+def accumulate(
+    piece: Callable[[TracedBatch], tuple[PyTree, Out]], batch: TracedBatch, pieces: int, mesh: Mesh | None
+) -> tuple[PyTree, Out]:
+    """Sum of `piece` over the micro-batches, gradients in float32, one micro-batch in memory at a time."""
+
+    def single(part: TracedBatch) -> tuple[PyTree, Out]:
+        gradient, out = piece(part)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), out
+
+    if pieces == 1:
+        return single(batch)
+
+    def split(x: jax.Array) -> jax.Array:
+        # Every pieces-th row: a device keeps its own rows, and each micro-batch is spread over all devices.
+        parts = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+        if mesh is None:
+            return parts
+        rows = batch_sharding(mesh).spec[0]
+        return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, rows)))
+
+    parts = jax.tree.map(split, batch)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(single, jax.tree.map(lambda x: x[0], parts))
+    )
+    total, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, single(part)), None), zeros, parts)
+    return total

@@ -1,0 +1,69 @@
+"""The three values that flow through a run: Problem, Trajectory, Batch. Frozen, without behaviour.
+
+Shape legend, used in every array name (`x_BTD`): B batch rows, T sequence, R response tokens, V vocabulary, D model
+width (E: the target's width), N query heads, K key-value heads, H head size, F feed-forward, L layers, S cache slots.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the message names key, value, what is allowed and what to change."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A dataset item. `answer` is the reference answer, `response` a full worked response (reasoning and answer)."""
+
+    id: str
+    question: str
+    answer: str | None = None
+    response: str | None = None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A response with its provenance. Ids are what a model sampled; they are never encoded a second time.
+
+    ended:   "stopped" (the model wrote EOS), "cut" (length limit), "dataset" or "assembled" (we put the EOS there).
+    verdict: why a rewrite was kept, replaced by its original or dropped; "written" where nobody rewrote.
+    dropped: True keeps the trajectory in the records and out of the batch.
+    logprobs: the writer's own log-probability of each response token at temperature 1, or empty.
+    """
+
+    problem_id: str
+    attempt: int
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    writer: str
+    version: int
+    ended: str
+    verdict: str = "written"
+    dropped: bool = False
+    original: "Trajectory | None" = None
+    logprobs: tuple[float, ...] = ()
+
+
+class Batch(NamedTuple):
+    """Trajectories as fixed-shape arrays. Row b of every array is the same trajectory.
+
+    student_tokens_BT  int32, plain prompt then response, padded on the right.
+    student_at_BR      int32, the position in that row whose hidden state predicts response token r.
+    target_tokens_BT, target_at_BR   the same response after the target's own prompt (its T may differ); a (B, 1) array
+                       of zeros and the student's positions when the recipe has no target.
+    response_BR        int32, the response ids.
+    weight_BR          float32, 0 at padding; the reduction is inside it (1 / global token count for a token mean).
+    """
+
+    student_tokens_BT: Array
+    student_at_BR: Array
+    target_tokens_BT: Array
+    target_at_BR: Array
+    response_BR: Array
+    weight_BR: Array

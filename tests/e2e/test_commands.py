@@ -1,0 +1,169 @@
+"""The commands as a person meets them: a small run from start to end, and one clear message for each mistake."""
+
+import json
+import sys
+
+import pytest
+
+from mpd_jax import cli
+from tests.e2e.tiny import QUICKSTART, ROOT, SMALL
+
+
+def command(capsys, *words: object) -> tuple[int, str, str]:
+    """Runs `mpd-jax words` in this process: (exit code, standard output, standard error)."""
+    argv, sys.argv = sys.argv, ["mpd-jax", *map(str, words)]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv = argv
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    from mpd_jax import config, run
+
+    path = tmp_path_factory.mktemp("runs") / "mpd"
+    run.train(config.load(QUICKSTART, [*SMALL, f"run.dir={path}"]))
+    return path
+
+
+def test_a_run_directory_holds_what_it_should(run_dir):
+    names = {path.name for path in run_dir.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "trajectories", "checkpoints", "evaluations", "summary.json"}
+    assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((run_dir / "summary.json").read_text())
+    wanted = {"accuracy", "accuracy_ci", "mean_tokens", "mean_tokens_ci", "n", "samples_per_problem", "temperature"}
+    for side in ("before", "after"):
+        assert summary[side].keys() >= wanted | {"grader"}
+        assert summary[side]["n"] == 8 and summary[side]["grader"]
+    assert summary["peak_memory_bytes"] > 0
+    assert {"write", "rewrite", "train"} <= summary["seconds"].keys()
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1]
+    assert all(sum(row["verdicts"].values()) == 8 for row in rows)
+    assert all(abs(row["write_share"] + row["rewrite_share"] + row["train_share"] - 1) < 1e-5 for row in rows)
+
+
+def test_the_same_command_again_changes_nothing(run_dir, capsys):
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    assert command(capsys, "train", QUICKSTART, *SMALL, f"run.dir={run_dir}")[0] == 0
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_export_sample_and_regrade_use_the_trained_student(run_dir, tmp_path, capsys):
+    assert command(capsys, "export", run_dir, tmp_path / "out")[0] == 0
+    code, _, error = command(capsys, "export", run_dir, tmp_path / "out")
+    assert code == 2 and str(tmp_path / "out") in error
+    words = ("sample", run_dir, "--prompt", "Leo has 3 pens. Mon: Leo buys 2 more.", "--max-tokens", "12", "--json")
+    code, out, _ = command(capsys, *words)
+    answer = json.loads(out)
+    assert code == 0 and len(answer["response_ids"]) == len(answer["logprobs"]) <= 12
+    assert answer["finish_reason"] in ("stop", "length") and all(value <= 0 for value in answer["logprobs"])
+    assert json.loads(command(capsys, *words)[1]) == answer
+    assert command(capsys, "eval", run_dir, "--regrade", "rules")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("on_policy", ["recipe.rewrite={how: nobody}"]),
+        ("off_policy", ["recipe.write.by=teacher", "recipe.rewrite={how: nobody}", "recipe.loss.kind=forward_kl"]),
+        (
+            "crisp",
+            ["recipe.rewrite={how: nobody}", "recipe.target={weights: self_refreshed, context: concise, every: 1}"],
+        ),
+        (
+            "truncation",
+            [
+                "recipe.rewrite={how: truncate, truncate_ratio: 0.5, fallback: original}",
+                "recipe.target={weights: none}",
+                "recipe.loss={kind: cross_entropy, reduction: sum}",
+            ],
+        ),
+        ("dataset", ["recipe.write.by=dataset", "recipe.loss={kind: jsd, stabiliser: rescale}"]),
+        ("self_compressed", ["recipe.rewrite.by=student", "recipe.loss={kind: mix, stabiliser: per_entry}"]),
+    ],
+)
+def test_other_recipes_are_overrides(name, overrides, tmp_path):
+    from mpd_jax import config, run
+
+    path = tmp_path / name
+    run.train(config.load(QUICKSTART, [*SMALL, "eval.concise_row=false", f"run.dir={path}", *overrides]))
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    trained = [row for row in rows if row["loss"] is not None]
+    assert trained, f"every trajectory of {name} was dropped: {rows}"
+    assert all(row["finite"] and row["grad_norm"] > 0 for row in trained)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "absent.yaml"], "absent.yaml: no such file"),
+        (["train", QUICKSTART, "train.stpes=1"], "did you mean train.steps"),
+        (["train", QUICKSTART, "student.path=/nowhere"], "/nowhere"),
+        (["train", QUICKSTART, f"student.path={ROOT}"], "config.json"),
+        (["train", QUICKSTART, "student.path=tiny:giant"], "tiny:student and tiny:teacher"),
+        (["train", QUICKSTART, "problems.train=absent.jsonl"], "absent.jsonl"),
+        (["train", QUICKSTART, "recipe.target.weights=none"], "recipe.loss.kind"),
+        (["train", QUICKSTART, "mesh.tensor=3"], "mesh"),
+        (["train", QUICKSTART, "mesh.fsdp=8", "mesh.tensor=1", "train.batch_size=3"], "train.batch_size"),
+        (["train", QUICKSTART, "sampling.writer.max_tokens=5000"], "window"),
+        (["eval", "tiny:giant"], "tiny:student"),
+        (["sample", "tiny:student", "--json"], "--json"),
+        (["export", ROOT, "out"], "run directory"),
+        (["config", QUICKSTART, "eval.grader=guess"], "eval.grader"),
+    ],
+)
+def test_a_mistake_gives_one_message_and_exit_code_2(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = command(capsys, *words)
+    assert code == 2, error
+    assert said in error and "Traceback" not in error
+
+
+def test_mismatched_tokenizers_are_refused(tmp_path, capsys):
+    from mpd_jax.build import TINY
+
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in (TINY / "teacher").iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    first, second = list(vocab)[40:42]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    code, _, error = command(capsys, "train", QUICKSTART, f"teacher.path={other}", f"run.dir={tmp_path / 'run'}")
+    assert code == 2 and "teacher.path" in error and "Traceback" not in error
+
+
+def test_another_config_in_the_same_directory_is_refused(run_dir, capsys):
+    code, _, error = command(capsys, "train", QUICKSTART, *SMALL, f"run.dir={run_dir}", "run.seed=5")
+    assert code == 2 and "run.seed = 5" in error
+
+
+def test_help_names_every_command(capsys):
+    code, out, _ = command(capsys, "--help")
+    assert code == 0
+    assert all(name in out for name in ("train", "eval", "sample", "export", "config", "bench"))
+
+
+def test_a_full_disk_gives_one_message_and_loses_nothing(run_dir, tmp_path, capsys, monkeypatch):
+    import errno
+    import os
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    kept = (run_dir / "summary.json").read_bytes()
+    monkeypatch.setattr(os, "replace", full)
+    code, _, error = command(capsys, "train", QUICKSTART, *SMALL, f"run.dir={run_dir}")
+    monkeypatch.undo()
+    assert code == 2 and "No space left" in error and "Traceback" not in error
+    assert (run_dir / "summary.json").read_bytes() == kept

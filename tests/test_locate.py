@@ -1,0 +1,180 @@
+"""Claims about finding a model: directories are used as they are, hub ids need a commit, remote files come once."""
+
+import shutil
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from etils.epath import backend
+from fsspec.implementations.local import LocalFileSystem
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from mpd_jax.models import locate as module
+from mpd_jax.models.locate import locate
+from mpd_jax.types import UserError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "additional_chat_templates/tool.jinja")
+
+
+def fill(directory):
+    for name in FILES:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(name)
+    return directory
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's cache with one snapshot in it, and no network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return fill(tmp_path / "hub" / "models--Owner--a.model" / "snapshots" / COMMIT)
+
+
+def test_a_directory_is_used_as_it_is(tmp_path):
+    assert locate(str(tmp_path)) == tmp_path
+
+
+def test_a_revision_of_a_directory_is_refused(tmp_path):
+    with pytest.raises(UserError, match="remove revision"):
+        locate(str(tmp_path), COMMIT)
+
+
+@pytest.mark.parametrize("path", ["/no/such/directory", "./none", "none", "a/b/c", "s3://bucket/x"])
+def test_a_path_that_is_nothing_is_refused_with_what_may_stand_there(path):
+    with pytest.raises(UserError, match=r"no such directory; give .*gs://.*hub id"):
+        locate(path)
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", COMMIT[:7], COMMIT[:-1] + "G"])
+def test_a_hub_id_without_a_commit_is_refused(hub, revision):
+    with pytest.raises(UserError, match=r"revision = .* is not 40 hexadecimal digits"):
+        locate("Owner/a.model", revision)
+
+
+def test_two_commits_are_refused(hub):
+    with pytest.raises(UserError, match="two commits"):
+        locate(f"Owner/a.model@{COMMIT}", COMMIT[::-1])
+
+
+def test_a_snapshot_is_found_without_the_network(hub):
+    assert locate("Owner/a.model", COMMIT) == hub
+    assert locate(f"Owner/a.model@{COMMIT}") == hub
+    assert locate(f"Owner/a.model@{COMMIT}", COMMIT) == hub
+
+
+def test_a_snapshot_that_is_not_there_is_refused_with_the_cache_looked_in(hub, tmp_path):
+    with pytest.raises(UserError, match=rf"path = 'Owner/other'.*{tmp_path}"):
+        locate("Owner/other", COMMIT)
+    with pytest.raises(UserError, match=r"Owner/a\.model"):
+        locate("Owner/a.model", COMMIT[::-1])
+
+
+def test_only_files_of_a_model_are_asked_for(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **kw: asked.update(kw, name=name) or tmp_path
+    )
+    locate("Owner/a.model", COMMIT)
+    wanted = list(
+        huggingface_hub.utils.filter_repo_objects(
+            [
+                *FILES,
+                "model-00001-of-00002.safetensors",
+                "modeling_x.py",
+                "pytorch_model.bin",
+                "original/m.safetensors",
+            ],
+            allow_patterns=asked["allow_patterns"],
+        )
+    )
+    assert wanted == [*FILES, "model-00001-of-00002.safetensors"]
+    assert (asked["name"], asked["revision"]) == ("Owner/a.model", COMMIT)
+
+
+@pytest.mark.parametrize(
+    "error, text",
+    [
+        (GatedRepoError, "accept them on https://huggingface.co/Owner/a.model and set HF_TOKEN"),
+        (RepositoryNotFoundError, "no such model"),
+        (LocalEntryNotFoundError, "neither downloaded nor whole in the cache"),
+        (OSError, "neither downloaded nor whole in the cache.*No space left"),
+    ],
+)
+def test_what_the_hub_says_becomes_a_remedy(monkeypatch, error, text):
+    def fails(*_, **__):
+        raise error.__new__(error) if issubclass(error, RepositoryNotFoundError) else error("No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(UserError, match=text):
+        locate("Owner/a.model", COMMIT)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """gs://bucket as a directory here, behind the storage library that epath uses; files opened for reading counted."""
+    root, opened = tmp_path / "remote", []
+
+    class Fake(LocalFileSystem):
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(str(path).replace("gs://", f"{root}/"))
+
+        def glob(self, path, **kw):
+            return [p.removeprefix(f"{root}/") for p in super().glob(path, **kw)]
+
+        def _open(self, path, mode="rb", **kw):
+            opened.extend([path] if "r" in mode else [])
+            return super()._open(path, mode, **kw)
+
+    fake, real = Fake(skip_instance_cache=True), LocalFileSystem()
+    monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: fake if str(path).startswith("gs://") else real)
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    model = fill(root / "bucket" / "model")
+    (model / "run.py").write_text("code")
+    return SimpleNamespace(model=model, opened=opened, home=tmp_path / "home")
+
+
+def test_a_bucket_is_copied_once(bucket):
+    first = locate("gs://bucket/model")
+    assert {str(p.relative_to(first)): p.read_text() for p in first.rglob("*") if p.is_file()} == {n: n for n in FILES}
+    assert len(bucket.opened) == len(FILES)
+    assert locate("gs://bucket/model") == first
+    assert len(bucket.opened) == len(FILES), "copied again"
+
+
+def test_a_bucket_that_changed_is_copied_again(bucket):
+    first = locate("gs://bucket/model")
+    (bucket.model / "config.json").write_text("another config")
+    second = locate("gs://bucket/model")
+    assert second != first and (second / "config.json").read_text() == "another config"
+    assert (first / "config.json").read_text() == "config.json", "a run may still read the first copy"
+
+
+def test_a_copy_that_fails_leaves_nothing(bucket, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.epath.Path("gs://bucket").__class__, "copy", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            locate("gs://bucket/model")
+    assert list((bucket.home / "gs").iterdir()) == []
+    assert (locate("gs://bucket/model") / "config.json").exists()
+
+
+def test_an_empty_bucket_is_refused(bucket):
+    shutil.rmtree(bucket.model)
+    with pytest.raises(UserError, match="holds no model"):
+        locate("gs://bucket/model")
+
+
+def test_a_missing_storage_library_is_named(bucket, monkeypatch):
+    def no_library(_):
+        raise ImportError("Please install gcsfs")
+
+    monkeypatch.setattr(backend.fsspec_backend, "fs", no_library)
+    with pytest.raises(UserError, match=r"pip install 'mpd-jax\[gcs\]'"):
+        locate("gs://bucket/model")

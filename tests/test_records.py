@@ -1,0 +1,79 @@
+"""Trajectories on disk read back as the same values, whole or not at all."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+
+from mpd_jax.train.records import Records, from_json, to_json, write_atomically
+from mpd_jax.types import Problem, Trajectory, UserError
+
+PROBLEMS = [Problem("a", "?"), Problem("b ", "?")]
+
+
+def trajectory(problem_id="a", original=None) -> Trajectory:
+    logprobs = (-0.1, float(np.float32(-1.3)), -math.pi * 1e-30, -5e-324, float("-inf"))
+    return Trajectory(
+        problem_id=problem_id,
+        attempt=1,
+        prompt=(1, 2, 2**31 - 1),
+        response=(5, 6, 7, 8, 0),
+        writer="student",
+        version=3,
+        ended="stopped",
+        verdict="kept",
+        dropped=original is None,
+        original=original,
+        logprobs=logprobs,
+    )
+
+
+def test_a_trajectory_reads_back_as_the_same_value_to_the_last_bit():
+    whole = trajectory(original=trajectory())
+    assert from_json(to_json(whole)) == whole
+
+
+def test_records_read_back_in_order_and_unasked_steps_are_absent(tmp_path):
+    records = Records(tmp_path, seed=7)
+    saved = [trajectory("b "), trajectory("a", original=trajectory("a"))]
+    records.save(12, saved)
+    assert records.load(12, PROBLEMS) == saved
+    assert records.load(13, PROBLEMS) is None
+    assert records.path(12).name == "step_000012.jsonl"
+
+
+def test_what_was_written_stays_until_its_rewrite_is_there(tmp_path):
+    records = Records(tmp_path, seed=7)
+    records.save(3, [trajectory()], stage="written")
+    assert records.load(3, PROBLEMS) is None
+    assert records.load(3, PROBLEMS, stage="written") == [trajectory()]
+    records.save(3, [trajectory()])
+    assert records.load(3, PROBLEMS, stage="written") is None
+    assert os.listdir(records.directory) == ["step_000003.jsonl"]
+
+
+def test_trajectories_of_another_run_are_refused_and_of_other_settings_made_again(tmp_path):
+    Records(tmp_path, seed=7).save(0, [trajectory()])
+    with pytest.raises(UserError, match=r"run.seed = 7"):
+        Records(tmp_path, seed=8).load(0, PROBLEMS)
+    with pytest.raises(UserError, match="problem 'a'"):
+        Records(tmp_path, seed=7).load(0, PROBLEMS[1:])
+    assert Records(tmp_path, seed=7, settings="temperature 2").load(0, PROBLEMS) is None
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_kill_or_a_full_disk_while_writing_leaves_the_old_file(tmp_path, monkeypatch, call):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def full(*_):
+        assert path.read_text() == "old"
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(UserError, match="No space left on device") as caught:
+        write_atomically(path, "new")
+    assert str(path) in str(caught.value) and "run.dir" in str(caught.value)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]

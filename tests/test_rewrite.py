@@ -1,0 +1,199 @@
+"""Claims about rewriting: every verdict fires where it should and nowhere else, and no trajectory is lost."""
+
+from dataclasses import replace
+
+import pytest
+
+from mpd_jax.recipe import rewrite as rw
+from mpd_jax.recipe.rewrite import Judge, ModelRewriter, Nobody, Truncate
+from mpd_jax.sampling.sampler import SamplingConfig, request_key
+from mpd_jax.types import Problem, Trajectory, UserError
+from tests.test_chat import DROPS_REASONING, make_chat
+from tests.test_write import StubSampler
+
+PROBLEM = Problem("p1", "What is 7+8?", "15")
+LONG = "<think>\nOkay, let me think step by step.\nSo 7+8=15.\nWait, 7+8=15.\n</think>\n\n\\boxed{15}<|im_end|>"
+GOOD = "7+8=15.\n####\n\\boxed{15}<|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    return make_chat(tmp_path_factory.mktemp("chat"))
+
+
+def written(chat, text=LONG, ended="stopped", problem=PROBLEM) -> Trajectory:
+    ids = chat.encode(text)
+    return Trajectory(
+        problem.id, 0, chat.prompt("plain", problem), ids, "student", 4, ended, logprobs=(-1.0,) * len(ids)
+    )
+
+
+def rewriter(chat, sampler, keep=(), fallback="drop", window=4096, student=None, **judge) -> ModelRewriter:
+    judged = Judge(student or chat, keep, fallback, **judge)
+    return ModelRewriter("teacher", sampler, chat, SamplingConfig(max_tokens=64), judged, seed=0, window=window)
+
+
+def rewritten(chat, text, original=None, problem=PROBLEM, ended="stopped", **settings) -> Trajectory:
+    (result,) = rewriter(chat, StubSampler(chat, text, ended=ended), **settings)(
+        [problem], [original or written(chat)], 4
+    )
+    return result
+
+
+def test_nobody_is_the_identity(chat):
+    trajectories = [written(chat), written(chat, ended="cut")]
+    assert Nobody()([PROBLEM], trajectories, 0) == trajectories
+
+
+@pytest.mark.parametrize("text", [GOOD, f"<think>\nShorter: so 9.\n####\n\\boxed{{9}}\n</think>\n\n{GOOD}"])
+def test_a_kept_rewrite_is_assembled_and_knows_its_original(chat, text):
+    original = written(chat)
+    t = rewritten(chat, text, original)
+    assert t.response == chat.encode("<think>\n7+8=15.\n</think>\n\n\\boxed{15}<|im_end|>")
+    assert (t.verdict, t.dropped, t.ended, t.writer, t.version) == (rw.KEPT, False, "assembled", "teacher", 0)
+    assert (t.original, t.prompt, t.logprobs, t.problem_id, t.attempt) == (original, original.prompt, (), "p1", 0)
+
+
+def test_the_rewriter_reads_problem_and_draft_without_tags(chat):
+    sampler = StubSampler(chat, GOOD)
+    rewriter(chat, sampler)([PROBLEM], [written(chat)], 4)
+    (request,) = sampler.requests
+    draft = "Okay, let me think step by step.\nSo 7+8=15.\nWait, 7+8=15.\n\n\\boxed{15}"
+    assert request.prompt == chat.prompt("compress", PROBLEM, draft)
+    assert draft in chat.decode(request.prompt) and "What is 7+8?" in chat.decode(request.prompt)
+    assert request.key == request_key(0, "rewrite", 4, "p1", 0)
+
+
+NO_REFERENCE = Problem("p1", "What is 7+8?")
+CUT = "<think>\nOkay, let me think step by step.\nSo 7+8"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "text", "settings"),
+    [
+        (rw.MALFORMED, "7+8=15. \\boxed{15}<|im_end|>", {}),
+        (rw.MALFORMED, "####\n\\boxed{15}<|im_end|>", {}),
+        (rw.MALFORMED, "7 <|im_start|>\n####\n\\boxed{15}<|im_end|>", {}),
+        (rw.UNFINISHED, "7+8=15.\n####\n\\boxed{15}", {"ended": "cut"}),
+        (rw.UNFINISHED, "<think>\n7+8=15.\n####\n\\boxed{15}<|im_end|>", {}),
+        (rw.NO_ANSWER, "7+8=15.\n####\nfifteen<|im_end|>", {}),
+        (rw.NO_ANSWER, "7+8=15. \\boxed{15}\n####\n<|im_end|>", {"problem": NO_REFERENCE}),
+        (rw.KEPT, "7+8=15.\n####\nfifteen<|im_end|>", {"problem": NO_REFERENCE, "original": CUT}),
+        (rw.ORIGINAL_UNFINISHED, GOOD, {"keep": ("finished",), "original": CUT}),
+        (rw.KEPT, GOOD, {"original": CUT}),
+        (rw.KEPT, GOOD, {"keep": ("finished",)}),
+        (rw.LONGER, "7+8=15. " * 9 + "\n####\n\\boxed{15}<|im_end|>", {"keep": ("shorter",)}),
+        (rw.LONGER, LONG[8:-10].replace("\n</think>\n\n", "\n####\n") + "<|im_end|>", {"keep": ("shorter",)}),
+        (rw.KEPT, "7+8=15. " * 9 + "\n####\n\\boxed{15}<|im_end|>", {}),
+        (rw.KEPT, GOOD, {"keep": ("shorter",)}),
+        (rw.ANSWER_CHANGED, "7+8=16.\n####\n\\boxed{16}<|im_end|>", {"keep": ("same_answer",)}),
+        (rw.ANSWER_CHANGED, GOOD, {"keep": ("same_answer",), "original": CUT}),
+        (rw.KEPT, "7+8=16.\n####\n\\boxed{16}<|im_end|>", {}),
+        (rw.KEPT, "7.\n####\n\\boxed{15.0}<|im_end|>", {"keep": ("same_answer",)}),
+        (rw.WRONG, "7+8=16.\n####\n\\boxed{16}<|im_end|>", {"keep": ("correct",)}),
+        (rw.KEPT, GOOD, {"keep": ("correct",), "original": CUT}),
+        (rw.WRONG, GOOD, {"keep": ("correct",), "correct": lambda answer, reference: False}),
+        (rw.TOO_LONG, GOOD, {"window": 120}),
+        (rw.KEPT, GOOD, {"keep": ("finished", "shorter", "same_answer", "correct")}),
+    ],
+)
+@pytest.mark.parametrize("fallback", ["drop", "original"])
+def test_verdicts_and_their_fallback(chat, verdict, text, settings, fallback):
+    settings = dict(settings)
+    source = settings.pop("original", None)
+    original = written(chat) if source is None else written(chat, source, ended="cut")
+    t = rewritten(chat, text, original, fallback=fallback, **settings)
+    assert t.verdict == verdict
+    if verdict == rw.KEPT:
+        assert not t.dropped and t.original == original
+    elif fallback == "drop":
+        assert t.dropped and t.original == original
+    else:
+        assert t == replace(original, verdict=verdict)
+
+
+def test_the_verdicts_above_are_all_there_are():
+    cases = next(m for m in test_verdicts_and_their_fallback.pytestmark if "verdict" in m.args[0])
+    assert {case[0] for case in cases.args[1]} == set(rw.VERDICTS)
+
+
+def test_a_window_that_just_fits_is_not_too_long(chat):
+    original = written(chat)
+    size = len(chat.prompt("compress", PROBLEM, chat.draft(original.response))) + 64
+    assert rewritten(chat, GOOD, original, window=size).verdict == rw.KEPT
+    assert rewritten(chat, GOOD, original, window=size - 1).verdict == rw.TOO_LONG
+
+
+def test_every_trajectory_comes_back_in_its_place_and_only_needed_rewrites_are_sampled(chat):
+    problems = [Problem(f"p{i}", "What is 7+8?", "15") for i in range(4)]
+    originals = [
+        written(chat, CUT if i % 2 else LONG, "cut" if i % 2 else "stopped", problem)
+        for i, problem in enumerate(problems)
+    ]
+    sampler = StubSampler(chat, GOOD, "no delimiter<|im_end|>")
+    results = rewriter(chat, sampler, keep=("finished",))(problems, originals, 0)
+    assert [t.problem_id for t in results] == ["p0", "p1", "p2", "p3"] and len(sampler.requests) == 2
+    assert [t.verdict for t in results] == [rw.KEPT, rw.ORIGINAL_UNFINISHED, rw.MALFORMED, rw.ORIGINAL_UNFINISHED]
+    assert [t.dropped for t in results] == [False, True, True, True]
+    assert rewriter(chat, StubSampler(chat, GOOD), keep=("finished",))(problems[1:2], originals[1:2], 0)[0].dropped
+
+
+def test_the_student_as_rewriter_carries_its_version(chat):
+    compress = replace(rewriter(chat, StubSampler(chat, GOOD)), role="student")
+    (t,) = compress([PROBLEM], [written(chat)], 7)
+    assert (t.writer, t.version, t.original.version) == ("student", 7, 4)
+
+
+def test_a_rewriter_with_another_vocabulary_hands_over_text(chat, tmp_path):
+    student = make_chat(tmp_path, marks=("<think>", "</think>", "####", "15"))
+    t = rewritten(chat, GOOD, written(student), student=student)
+    assert t.verdict == rw.KEPT
+    assert t.response == student.encode("<think>\n7+8=15.\n</think>\n\n\\boxed{15}<|im_end|>")
+
+
+def test_a_rewrite_of_a_draft_with_template_tokens_stays_clean(chat):
+    hostile = written(chat, "<think>\nsay <|im_start|>\n</think>\n\n\\boxed{15}<|im_end|>")
+    sampler = StubSampler(chat, GOOD)
+    rewriter(chat, sampler)([PROBLEM], [hostile], 4)
+    marks = [i for i in sampler.requests[0].prompt if i in chat.markup_ids]
+    assert marks == [i for i in chat.prompt("compress", PROBLEM, "calm") if i in chat.markup_ids]
+
+
+def test_correct_without_a_reference_is_refused_by_problem(chat):
+    with pytest.raises(UserError, match=r"recipe\.rewrite\.keep: 'correct' .*'p1' has none"):
+        rewritten(chat, GOOD, problem=NO_REFERENCE, keep=("correct",))
+
+
+def truncated(chat, to=None, ratio=None, original=None, keep=(), fallback="drop", problem=PROBLEM) -> Trajectory:
+    return Truncate(Judge(chat, keep, fallback), to, ratio)([problem], [original or written(chat)], 4)[0]
+
+
+@pytest.mark.parametrize(("to", "ratio"), [(0, None), (1, None), (5, None), (None, 0.0), (None, 0.5), (10_000, None)])
+def test_truncation_keeps_the_budget_in_tokens_and_the_original_s_answer(chat, to, ratio):
+    original = written(chat)
+    before = chat.split(original.response)
+    t = truncated(chat, to, ratio, original)
+    after = chat.split(t.response)
+    budget = min(to if to is not None else int(ratio * len(before.reasoning)), len(before.reasoning))
+    assert len(after.reasoning) == budget
+    assert after.reasoning == before.reasoning[:budget] and after.answer == before.answer
+    assert (t.verdict, t.ended, t.original, t.logprobs, t.dropped) == (rw.KEPT, "assembled", original, (), False)
+    assert t.response[-1] in chat.eos_ids and (t.writer, t.version) == ("student", 4)
+
+
+def test_nothing_is_truncated_where_there_is_no_answer_to_keep(chat, tmp_path):
+    cut = written(chat, CUT, ended="cut")
+    assert truncated(chat, 5, original=cut).verdict == rw.UNFINISHED
+    assert truncated(chat, 5, original=cut).dropped
+    assert truncated(chat, 5, original=cut, fallback="original") == replace(cut, verdict=rw.UNFINISHED)
+    assert truncated(chat, 5, original=cut, keep=("finished",)).verdict == rw.ORIGINAL_UNFINISHED
+    half = written(chat, LONG.removesuffix("}<|im_end|>"), ended="cut")
+    assert truncated(chat, 5, original=half).verdict == rw.UNFINISHED
+    plain = make_chat(tmp_path, DROPS_REASONING, marks=())
+    assert truncated(plain, 5, original=written(plain, "7+8=15. \\boxed{15}<|im_end|>")).verdict == rw.UNFINISHED
+
+
+def test_keep_rules_hold_for_truncation_too(chat):
+    assert truncated(chat, 5, keep=("correct", "same_answer", "shorter")).verdict == rw.KEPT
+    assert truncated(chat, 5, keep=("correct",), problem=replace(PROBLEM, answer="16")).verdict == rw.WRONG
+    assert truncated(chat, 10_000, keep=("shorter",)).verdict == rw.LONGER

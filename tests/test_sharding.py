@@ -1,0 +1,135 @@
+"""One table places everything: what it splits, what it refuses, and what the compiled programs move between devices."""
+
+import logging
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mpd_jax import sharding
+from mpd_jax.models.config import ModelConfig
+from mpd_jax.models.decoder import Model
+from mpd_jax.sharding import MeshConfig, batch_sharding, check_divides, make_mesh, partition_spec, tree_shardings
+from mpd_jax.types import UserError
+
+TOKENS = np.random.default_rng(0).integers(0, 64, (8, 12)).astype(np.int32)
+
+
+def model(kv_heads: int = 8, **changed) -> Model:
+    fields = dict(
+        family="qwen3", vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=8,
+        num_kv_heads=kv_heads, head_dim=8, rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling=None, qkv_bias=False,
+        o_bias=False, mlp_bias=False, qk_norm=True, tie_embeddings=False, max_position_embeddings=64,
+    )  # fmt: skip
+    return Model(ModelConfig(**{**fields, **changed}))
+
+
+def random_weights(of: Model):
+    random = np.random.default_rng(1)
+    return jax.tree.map(lambda w: random.normal(0.3, 0.2, w.shape).astype(np.float32), of.abstract())
+
+
+def place(of: Model, weights, mesh, column):
+    return jax.device_put(weights, tree_shardings(mesh, of.logical_axes(), of.abstract(), column))
+
+
+def collectives(hlo: str) -> list[tuple[str, int]]:
+    """(kind, elements of the result) of every collective in a compiled program."""
+    kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", hlo)
+    return [
+        (kind, sum(int(np.prod([int(n) for n in dims.split(",") if n])) for dims in re.findall(r"\[([\d,]*)\]", shape)))
+        for shape, kind in found
+    ]
+
+
+@pytest.mark.parametrize("config", [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2)], ids=str)
+def test_decoding_on_8_devices_is_that_on_1_and_never_gathers_weights_or_cache(config):
+    of, mesh = model(), make_mesh(config)
+    weights = random_weights(of)
+    expected = jax.jit(of.hidden)(weights, TOKENS[:, :1])
+    cache = jax.jit(of.init_cache, static_argnums=(0, 1, 2))(8, 16, "float32")
+    placed = jax.device_put(cache, tree_shardings(mesh, of.cache_axes(), cache, "decode"))
+    with jax.set_mesh(mesh):
+        inputs = place(of, weights, mesh, "decode"), TOKENS[:, :1], placed, None, np.ones(8, np.int32)
+        step = jax.jit(of.decode).lower(*inputs).compile()
+        found, after = step(*inputs)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(placed), strict=True):
+        assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
+    activations = 8 * 32
+    assert all(kind == "all-reduce" and size <= activations for kind, size in collectives(step.as_text()))
+
+
+def test_training_gathers_each_weight_over_fsdp_and_moves_no_activation():
+    of, mesh = model(), make_mesh(MeshConfig(1, 8, 1))
+    with jax.set_mesh(mesh):
+        weights = place(of, random_weights(of), mesh, "train")
+        forward = jax.jit(of.hidden).lower(weights, jax.device_put(TOKENS, batch_sharding(mesh))).compile()
+    sizes = {np.prod(w.shape[1:]) for w in jax.tree.leaves(weights["blocks"])} | {64 * 32}
+    assert collectives(forward.as_text()), "the weights were not split"
+    assert all(kind == "all-gather" and size in sizes for kind, size in collectives(forward.as_text()))
+
+
+def test_key_value_heads_that_do_not_divide_are_replicated_and_logged_once(caplog):
+    sharding._say_replicated.cache_clear()
+    of, mesh = model(kv_heads=2), make_mesh(MeshConfig(1, 1, 8))
+    with caplog.at_level(logging.WARNING):
+        shardings = tree_shardings(mesh, of.logical_axes(), of.abstract())
+    assert [r.getMessage() for r in caplog.records] == [
+        "mesh.tensor = 8 does not divide 2 key-value heads; they are replicated"
+    ]
+    assert shardings["blocks"]["attention"]["k"].spec == P(None, "fsdp", None, None)
+    assert shardings["blocks"]["attention"]["q"].spec == P(None, "fsdp", "tensor", None)
+    weights = random_weights(of)
+    with jax.set_mesh(mesh):
+        found = jax.jit(of.hidden)(jax.device_put(weights, shardings), TOKENS)
+    np.testing.assert_allclose(found, jax.jit(of.hidden)(weights, TOKENS), atol=1e-5)
+
+
+def test_training_splits_weights_over_fsdp_and_decoding_does_not():
+    assert partition_spec(("vocab", "embed"), "train") == P("tensor", "fsdp")
+    assert partition_spec(("vocab", "embed"), "decode") == P("tensor", None)
+    assert batch_sharding(make_mesh(MeshConfig(2, 4, 1))).spec == P(("data", "fsdp"))
+
+
+def test_two_dimensions_on_one_mesh_axis_are_refused():
+    with pytest.raises(AssertionError, match=r"vocab.*mlp.*\['tensor'\]"):
+        partition_spec(("vocab", "mlp"))
+    with pytest.raises(AssertionError, match="fsdp"):
+        partition_spec(("batch", "embed"), "train")
+    assert partition_spec(("batch", "embed"), "decode") == P(("data", "fsdp"), None)
+
+
+def test_a_size_that_does_not_divide_names_tensor_axis_size_and_mesh_size():
+    mesh = make_mesh(MeshConfig(1, 2, 4))
+    with pytest.raises(UserError, match=r"mesh\.tensor = 4: tensor mlp\.up has 6 along 'mlp'"):
+        check_divides("mlp.up", (2, 32, 6), ("layers", "embed", "mlp"), mesh)
+    with pytest.raises(UserError, match=r"blocks\.mlp\.down has 66 along 'mlp'"):
+        of = model(intermediate_size=66)
+        tree_shardings(mesh, of.logical_axes(), of.abstract())
+    with pytest.raises(UserError, match=r"mesh\.data x mesh\.fsdp = 2: .* has 3 along 'batch'"), jax.set_mesh(mesh):
+        jax.eval_shape(model().hidden, model().abstract(), TOKENS[:3])
+
+
+def test_one_mesh_size_may_be_left_open():
+    assert dict(make_mesh(MeshConfig(2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(3, -1, 1), "3 x 2 x 1 does not make 8 devices"),
+        (MeshConfig(16, -1, 1), "does not make 8 devices"),
+        (MeshConfig(2, 2, 1), "2 x 2 x 1 does not make 8 devices"),
+        (MeshConfig(-1, -1, 1), "at most one of them -1"),
+        (MeshConfig(0, -1, 1), r"mesh\.data = 0"),
+    ],
+    ids=str,
+)
+def test_mesh_sizes_that_do_not_fit_the_devices_are_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(config)

@@ -1,0 +1,245 @@
+"""One update: the same numbers however it is cut up, a target that is only read, and no step on what is not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mpd_jax.models.config import ModelConfig
+from mpd_jax.models.decoder import Model
+from mpd_jax.recipe.loss import LossConfig
+from mpd_jax.sharding import MeshConfig, make_mesh, tree_shardings
+from mpd_jax.train.state import TrainConfig, Trained, init_opt_state, new_state, optimiser, trained_shardings
+from mpd_jax.train.step import make_update, position_sums
+from mpd_jax.types import Batch, UserError
+
+VOCAB, ROWS, RESPONSE = 60, 8, 6
+KINDS = ("reverse_kl", "forward_kl", "jsd", "mix")
+MESHES = {"data": MeshConfig(8, 1, 1), "fsdp": MeshConfig(1, 8, 1), "tensor": MeshConfig(1, 1, 8)}
+REVERSE = LossConfig()
+# Its state is the gradient itself, to the last bit.
+GRADIENT = optax.trace(decay=0.0)
+
+
+def tiny_model(**changed) -> Model:
+    fields = {
+        "family": "qwen3",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_layers": 2,
+        "num_heads": 8,
+        "num_kv_heads": 8,
+        "head_dim": 8,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "rms_norm_eps": 1e-6,
+        "qkv_bias": False,
+        "o_bias": False,
+        "mlp_bias": False,
+        "qk_norm": True,
+        "tie_embeddings": True,
+        "max_position_embeddings": 128,
+    }
+    return Model(ModelConfig(**{**fields, **changed}))
+
+
+def make_batch(prompt=(4, 7), seed=0, rows=ROWS) -> Batch:
+    """Rows of unequal length whose prompts differ between student and target by prompt[1] - prompt[0] tokens."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, RESPONSE + 1, rows)
+    response_BR = rng.integers(0, VOCAB, (rows, RESPONSE)).astype(np.int32)
+    weight_BR = (np.arange(RESPONSE)[None] < lengths[:, None]).astype(np.float32)
+
+    def side(length: int):
+        tokens_BT = np.concatenate([rng.integers(0, VOCAB, (rows, length)), response_BR], axis=1)
+        at_BR = np.broadcast_to(length - 1 + np.arange(RESPONSE), (rows, RESPONSE))
+        return tokens_BT.astype(np.int32), at_BR.astype(np.int32)
+
+    student, target = side(prompt[0]), side(prompt[1])
+    return Batch(*student, *target, response_BR, weight_BR / weight_BR.sum())
+
+
+def weights_of(model: Model, seed: int, mesh=None):
+    """Random weights large enough that the distributions are far from uniform."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape) -> np.ndarray:
+        centre = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return (centre + 0.2 * rng.standard_normal(shape.shape)).astype(np.float32)
+
+    weights = jax.tree_util.tree_map_with_path(leaf, model.abstract())
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, weights)
+    return jax.device_put(weights, tree_shardings(mesh, model.logical_axes(), model.abstract(), "train"))
+
+
+def pair() -> tuple[Model, Model]:
+    """A student, and a teacher that differs in width, head and padded vocabulary."""
+    return tiny_model(), tiny_model(hidden_size=48, tie_embeddings=False, vocab_size=72)
+
+
+def gradient_step(batch: Batch, *, mesh=None, micro_batches=1, loss=REVERSE, target=True):
+    """Out and gradient, on the host, of one update."""
+    student, teacher = pair() if target else (tiny_model(), None)
+    update = make_update(student, teacher, loss, GRADIENT, mesh, vocab_size=VOCAB, micro_batches=micro_batches)
+    weights = weights_of(student, 0, mesh)
+    trained = Trained(weights, init_opt_state(GRADIENT, weights))
+    with jax.default_matmul_precision("highest"):
+        trained, out = update(trained, weights_of(teacher, 1, mesh) if teacher else None, batch)
+    return jax.device_get(out), jax.device_get(trained.opt_state.trace)
+
+
+def assert_same(a, b, loss_rel: float, gradient_rel: float) -> None:
+    np.testing.assert_allclose(a[0]["loss"], b[0]["loss"], rtol=loss_rel)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a[1]), jax.tree.leaves(b[1]), strict=True):
+        gap = np.linalg.norm(x - y) / np.linalg.norm(y)
+        assert gap < gradient_rel, f"{jax.tree_util.keystr(path)} is off by {gap:.1e} of its norm"
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return gradient_step(make_batch())
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_micro_batches_of_unequal_token_counts_add_up_to_the_whole_batch(whole, micro_batches):
+    split = gradient_step(make_batch(), micro_batches=micro_batches)
+    assert_same(split, whole, 1e-6, 1e-5)
+    for name in ("tokens", "divergence", "student_entropy", "target_entropy", "divergence_at", "tokens_at"):
+        np.testing.assert_allclose(split[0][name], whole[0][name], rtol=3e-6, err_msg=name)
+
+
+def test_the_loss_is_the_divergence_at_the_positions_that_predict_the_response(whole):
+    """Token by token from whole logits, each model after its own prompt."""
+    batch, (student, teacher) = make_batch(), pair()
+    with jax.default_matmul_precision("highest"):
+        logits = (
+            np.asarray(student.logits(weights_of(student, 0), batch.student_tokens_BT), np.float64),
+            np.asarray(teacher.logits(weights_of(teacher, 1), batch.target_tokens_BT), np.float64),
+        )
+    total = 0.0
+    for row in range(ROWS):
+        for r in range(RESPONSE):
+            q, p = (x[row, prompt + r - 1, :VOCAB] for x, prompt in zip(logits, (4, 7), strict=True))
+            lq, lp = (x - np.logaddexp.reduce(x) for x in (q, p))
+            total += batch.weight_BR[row, r] * float(np.sum(np.exp(lq) * (lq - lp)))
+    np.testing.assert_allclose(whole[0]["loss"], total, rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis", MESHES)
+def test_eight_devices_give_the_loss_and_gradient_of_one(whole, axis):
+    assert_same(gradient_step(make_batch(), mesh=make_mesh(MESHES[axis])), whole, 1e-6, 1e-5)
+
+
+def test_a_mixed_mesh_with_micro_batches_gives_the_loss_and_gradient_of_one_device(whole):
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    assert_same(gradient_step(make_batch(), mesh=mesh, micro_batches=2), whole, 1e-6, 1e-5)
+
+
+def test_cross_entropy_needs_no_target_and_adds_up_too():
+    loss = LossConfig(kind="cross_entropy")
+    one = gradient_step(make_batch(), loss=loss, target=False)
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    assert_same(gradient_step(make_batch(), loss=loss, target=False, mesh=mesh, micro_batches=2), one, 1e-6, 1e-5)
+    assert "target_entropy" not in one[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_the_student_under_the_same_context_gives_no_loss_and_no_gradient(kind):
+    student = tiny_model()
+    update = make_update(student, student, LossConfig(kind=kind), GRADIENT, None, vocab_size=VOCAB)
+    weights = weights_of(student, 0)
+    batch = make_batch()
+    batch = batch._replace(target_tokens_BT=batch.student_tokens_BT, target_at_BR=batch.student_at_BR)
+    copy = jax.tree.map(jnp.copy, weights)
+    trained, out = update(Trained(weights, init_opt_state(GRADIENT, weights)), copy, batch)
+    assert abs(out["loss"]) < 1e-7
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(trained.opt_state)) < 1e-7
+    assert out["student_entropy"] / out["tokens"] > 1
+
+
+@pytest.fixture(scope="module")
+def adam():
+    """An update that really moves the weights, and a maker of what it needs."""
+    student, tx = tiny_model(), optimiser(TrainConfig(learning_rate=0.1, weight_decay=0.1))
+
+    def start(mesh=None):
+        state = new_state(student, tx, mesh, weights_of(student, 0, mesh), seed=0)
+        return Trained(state.weights, state.opt_state), weights_of(student, 1, mesh)
+
+    def build(mesh=None):
+        return make_update(student, student, REVERSE, tx, mesh, vocab_size=VOCAB)
+
+    return build(), start, build
+
+
+def test_what_is_not_finite_leaves_the_state_as_it_was_and_lowers_the_flag(adam):
+    update, start, _ = adam
+    trained, target = start()
+    before = jax.tree.map(np.copy, jax.device_get(trained))
+    broken = make_batch()
+    broken.weight_BR[0, 0] = np.inf
+    trained, out = update(trained, target, broken)
+    assert not out["finite"]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(trained), before)
+    trained, out = update(trained, target, make_batch())
+    assert out["finite"]
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), jax.device_get(trained.weights), before.weights)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_the_target_has_no_gradient_and_outlives_the_donated_student(adam):
+    update, start, _ = adam
+    trained, target = start()
+    frozen = jax.tree.map(jnp.copy, trained.weights)
+    before, first = (jax.tree.map(np.copy, jax.device_get(tree)) for tree in (target, frozen))
+    used = trained
+    for _ in range(2):
+        trained, _ = update(trained, target, make_batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(used))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(target), before)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), first)
+    assert update(trained, frozen, make_batch())[1]["finite"]
+
+
+def test_there_is_one_compilation_a_batch_shape(adam):
+    update, start, _ = adam
+    trained, target = start()
+    trained, _ = update(trained, target, make_batch(seed=2))
+    traces = update.traces
+    for seed in range(3):
+        trained, _ = update(trained, target, make_batch(seed=seed))
+    assert update.traces == traces
+    update(trained, target, make_batch(prompt=(5, 7)))
+    assert update.traces == traces + 1
+
+
+def test_the_state_keeps_its_places_on_the_mesh(adam):
+    _, start, build = adam
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    update, (trained, target) = build(mesh), start(mesh)
+    for seed in range(2):
+        trained, _ = update(trained, target, make_batch(seed=seed))
+    assert update.traces == 1
+
+    def check(leaf, sharding):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+    jax.tree.map(check, trained, trained_shardings(tiny_model(), optimiser(TrainConfig()), mesh))
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(trained.opt_state))
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(adam):
+    _, start, build = adam
+    mesh = make_mesh(MeshConfig(2, 4, 1))
+    with pytest.raises(UserError, match=r"6 rows.*= 8 devices.*multiple of 8"):
+        build(mesh)(*start(mesh), make_batch(rows=6))
+
+
+def test_divergence_is_counted_in_the_bucket_of_its_position():
+    length = 20
+    counts_R = jnp.tile(jnp.arange(length) < 17, 2)
+    sums = position_sums(jnp.ones(2 * length), counts_R, length)
+    np.testing.assert_array_equal(sums, [8, 24, 2, 0, 0, 0, 0, 0])
