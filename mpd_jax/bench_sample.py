@@ -3,7 +3,7 @@
 Both answer the same problems: transformers in left-padded batches, the sampler with as many slots refilled from a
 queue. Only tokens up to EOS count, compilation is left out, and the two are timed in turn in one process on the same
 threads. Then, at temperature 1, decode steps against the ideal, and tokens that change with the compiled shape.
-torch is imported by this bench alone, and only when it runs.
+torch is imported by this bench alone, and only when it runs; without it what needs transformers is left out.
 """
 
 import os
@@ -19,14 +19,17 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from mpd_jax.build import ModelFiles, open_model, read_problems
+from mpd_jax.build import read_problems
 from mpd_jax.data.chat import Contexts
 from mpd_jax.data.problems import ProblemsConfig
 from mpd_jax.models.config import ModelSpec
+from mpd_jax.roles import ModelFiles, open_model
 from mpd_jax.sampling.jax_sampler import JaxSampler
 from mpd_jax.sampling.sampler import Request, Response, SamplingConfig, request_key
 from mpd_jax.sharding import MeshConfig, make_mesh
 from mpd_jax.types import UserError
+
+WITHOUT_TORCH = "the comparison with transformers' generate needs torch: pip install torch"
 
 Generate = Callable[[Sequence[Request], int], list[tuple[int, ...]]]
 
@@ -68,7 +71,10 @@ def run(
     repeats: int = 3,
     max_tokens: int = 384,
 ) -> dict[str, Any]:
-    """Measures, prints unless `json`, and returns what is printed. A batch size answers `rounds` x as many problems."""
+    """Measures, prints unless `json`, and returns what is printed. A batch size answers `rounds` x as many problems.
+
+    Without torch the figures of transformers are None.
+    """
     if min(batches, default=0) < 1 or min(rounds, repeats, max_tokens) < 1:
         given = f"batches={list(batches)}, rounds={rounds}, repeats={repeats}, max_tokens={max_tokens}"
         raise UserError(f"bench sample {given}: every size must be at least 1")
@@ -99,15 +105,16 @@ def open_subject(path: str, count: int, max_tokens: int) -> Subject:
     return Subject(files, mesh, files.weights(mesh), requests, max_tokens)
 
 
-def transformers_generate(directory: Path, eos_ids: frozenset[int], threads: int) -> Generate:
-    """transformers' greedy `generate` over left-padded batches; responses are cut behind their first EOS."""
+def transformers_generate(directory: Path, eos_ids: frozenset[int], threads: int) -> Generate | None:
+    """transformers' greedy `generate` over left-padded batches, responses cut behind their first EOS.
+
+    None without torch.
+    """
     try:
         import torch
         from transformers import AutoModelForCausalLM
     except ImportError:
-        raise UserError(
-            "bench sample measures against transformers' generate, which needs torch: pip install torch"
-        ) from None
+        return None
     torch.set_num_threads(threads)
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
@@ -135,35 +142,43 @@ def _until_eos(ids: list[int], eos_ids: frozenset[int]) -> tuple[int, ...]:
     return tuple(ids[:end])
 
 
-def compare(subject: Subject, generate: Generate, size: int, count: int, repeats: int) -> dict[str, Any]:
+def in_batches(generate: Generate, size: int) -> Generate:
+    def answer(requests: Sequence[Request], max_tokens: int) -> list[tuple[int, ...]]:
+        parts = [requests[i : i + size] for i in range(0, len(requests), size)]
+        return [ids for part in parts for ids in generate(part, max_tokens)]
+
+    return answer
+
+
+def compare(subject: Subject, generate: Generate | None, size: int, count: int, repeats: int) -> dict[str, Any]:
     """Tokens per second of both at one batch size, best of `repeats` in turn, and whether the tokens are equal."""
     requests, sampler = subject.requests[:count], subject.sampler(size)
-    greedy = SamplingConfig(temperature=0.0, max_tokens=subject.max_tokens)
 
-    def ours() -> list[tuple[int, ...]]:
-        return [r.ids for r in sampler.sample(requests, greedy)]
+    def ours(requests: Sequence[Request], max_tokens: int) -> list[tuple[int, ...]]:
+        return [r.ids for r in sampler.sample(requests, SamplingConfig(temperature=0.0, max_tokens=max_tokens))]
 
-    def theirs() -> list[tuple[int, ...]]:
-        parts = [requests[i : i + size] for i in range(0, count, size)]
-        return [ids for part in parts for ids in generate(part, subject.max_tokens)]
-
-    sampler.sample(requests[:size], SamplingConfig(temperature=0.0, max_tokens=2))  # compiles
-    generate(requests[:size], 2)
-    best, ids = {"ours": float("inf"), "theirs": float("inf")}, {}
+    answers: dict[str, Generate] = {"ours": ours}
+    if generate:
+        answers["theirs"] = in_batches(generate, size)
+    for answer in answers.values():
+        answer(requests[:size], 2)  # compiles
+    best, ids = dict.fromkeys(answers, float("inf")), {}
     for _ in range(repeats):
-        for name, answer in (("ours", ours), ("theirs", theirs)):
+        for name, answer in answers.items():
             start = time.perf_counter()
-            ids[name] = answer()
+            ids[name] = answer(requests, subject.max_tokens)
             best[name] = min(best[name], time.perf_counter() - start)
     rate = {name: sum(map(len, ids[name])) / best[name] for name in ids}
+    theirs = ids.get("theirs")
+    equal = theirs and sum(a == b for a, b in zip(ids["ours"], theirs, strict=True)) / len(requests)
     return {
         "batch": size,
-        "responses": count,
+        "responses": len(requests),
         "tokens": sum(map(len, ids["ours"])),
         "tokens_per_second": rate["ours"],
-        "transformers_tokens_per_second": rate["theirs"],
-        "speedup": rate["ours"] / rate["theirs"],
-        "equal_responses": sum(a == b for a, b in zip(ids["ours"], ids["theirs"], strict=True)) / count,
+        "transformers_tokens_per_second": rate.get("theirs"),
+        "speedup": rate["ours"] / rate["theirs"] if theirs else None,
+        "equal_responses": equal,
     }
 
 
@@ -212,15 +227,17 @@ def show(result: dict[str, Any]) -> None:
     for column in ("batch", "responses", "tokens/s", "transformers", "speed-up", "equal responses"):
         table.add_column(column, justify="right")
     for row in result["batches"]:
-        table.add_row(
-            str(row["batch"]),
-            str(row["responses"]),
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['transformers_tokens_per_second']:,.0f}",
-            f"{row['speedup']:.1f}x",
-            f"{row['equal_responses']:.1%}",
-        )
+        theirs = ("-", "-", "-")
+        if row["speedup"] is not None:
+            theirs = (
+                f"{row['transformers_tokens_per_second']:,.0f}",
+                f"{row['speedup']:.1f}x",
+                f"{row['equal_responses']:.1%}",
+            )
+        table.add_row(str(row["batch"]), str(row["responses"]), f"{row['tokens_per_second']:,.0f}", *theirs)
     console.print(table)
+    if any(row["speedup"] is None for row in result["batches"]):
+        console.print(WITHOUT_TORCH)
     steps, shapes = result["steps"], result["shape_divergence"]
     console.print(
         f"{steps['responses']} sampled responses, mean {steps['mean_length']:.0f} and longest {steps['longest']} "

@@ -15,20 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mpd_jax.config import RunConfig, flat, under
 from mpd_jax.data.batching import to_batch
-from mpd_jax.data.chat import Chat, Contexts, require_same_prompts
+from mpd_jax.data.chat import Chat, Contexts
 from mpd_jax.data.problems import ProblemsConfig, ProblemSet, read, refuse_overlap
-from mpd_jax.eval.grade import grade
-from mpd_jax.models.config import ModelSpec
-from mpd_jax.models.decoder import Model
-from mpd_jax.models.hf_weights import eos_ids, load_config, load_weights
-from mpd_jax.models.locate import locate
+from mpd_jax.eval.grade import GraderPool, grade
 from mpd_jax.recipe import rewrite, target, write
 from mpd_jax.recipe.recipe import Recipe
+from mpd_jax.roles import ModelFiles, Roles, make_sampler, open_model, open_roles
 from mpd_jax.sampling.jax_sampler import JaxSampler
 from mpd_jax.sharding import MeshConfig, make_mesh
 from mpd_jax.train.checkpoint import Checkpoints
@@ -47,47 +43,9 @@ from mpd_jax.train.state import (
 from mpd_jax.train.step import make_update
 from mpd_jax.types import Batch, Problem, Trajectory, UserError
 
-TINY = Path(__file__).parent / "tiny_world"
 TINY_TRAINING, TINY_HELDOUT = 20_000, 2_000
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """A model's directory and what is read from it without its weights."""
-
-    key: str
-    directory: Path
-    model: Model
-    chat: Chat
-    eos_ids: frozenset[int]
-    param_dtype: str
-
-    def weights(self, mesh: Mesh) -> Any:
-        return load_weights(self.directory, self.model, mesh, self.param_dtype)
-
-
-def open_model(key: str, spec: ModelSpec, contexts: Contexts) -> ModelFiles:
-    """The files of a config section `key` (student, teacher, rewriter). Errors name the section."""
-    kind, _, name = spec.path.partition(":")
-    if kind == "tiny" and name not in ("student", "teacher"):
-        raise UserError(
-            f"{key}.path: {spec.path!r} is not allowed; tiny:student and tiny:teacher ship with the package"
-        )
-    try:
-        directory = TINY / name if kind == "tiny" else locate(spec.path, spec.revision)
-        stops = eos_ids(directory)
-        model = Model(load_config(directory), spec.dtype, spec.remat)
-        chat = Chat(directory, stops, spec.thinking, contexts)
-    except UserError as error:
-        raise UserError(f"{key}.path: {error}") from None
-    if chat.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{key}.path: {spec.path} has a tokenizer of {chat.vocab_size} ids for a model of "
-            f"{model.config.vocab_size}; the directory mixes two models' files"
-        )
-    return ModelFiles(key, directory, model, chat, stops, spec.param_dtype)
 
 
 def tiny_contexts() -> dict[str, str]:
@@ -108,34 +66,6 @@ def read_problems(config: ProblemsConfig, split: Literal["train", "heldout"]) ->
     return tuple(generator.heldout_problems(TINY_HELDOUT, seed=0))
 
 
-def make_sampler(files: ModelFiles, config: RunConfig, mesh: Mesh, prompt: int, response: int) -> JaxSampler:
-    """A sampler of this model for prompts and responses of these lengths, in tokens."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.sampling.slots % shards:
-        raise UserError(
-            f"sampling.slots: {config.sampling.slots} slots do not divide over mesh.data x mesh.fsdp = {shards} "
-            f"devices; choose a multiple of {shards}"
-        )
-    window = files.model.config.max_position_embeddings
-    if prompt + response > window:
-        raise UserError(
-            f"{files.key}: prompts of {prompt} and responses of {response} tokens exceed the model's window of "
-            f"{window}; lower sampling.prompt_tokens, sampling.writer.max_tokens or the role's max_tokens"
-        )
-    return JaxSampler(
-        files.model,
-        mesh,
-        files.eos_ids,
-        slots=config.sampling.slots,
-        prompt_length=prompt,
-        max_length=prompt + response,
-        prefill_chunk=config.sampling.prefill_chunk,
-        prefill_rows=config.sampling.prefill_rows,
-        vocab_size=files.chat.vocab_size,
-        dtype=jnp.dtype(files.model.dtype),
-    )
-
-
 @dataclass(frozen=True)
 class Run:
     """A run, ready to train and to be evaluated. `load_student` gives weights to every sampler that serves them."""
@@ -150,49 +80,13 @@ class Run:
     close: Callable[[], None]
 
 
-@dataclass(frozen=True)
-class Roles:
-    """The models of a run by role; the same object where one model plays several. None: nobody needs it."""
-
-    student: ModelFiles
-    teacher: ModelFiles | None
-    rewriter: ModelFiles | None
-
-    def target(self, recipe: Recipe) -> ModelFiles | None:
-        """The files whose model reads as the target."""
-        if recipe.target.weights == "none":
-            return None
-        return self.teacher if recipe.target.weights == "teacher" else self.student
-
-
-def open_roles(config: RunConfig) -> Roles:
-    """Step 2: the files of every role that the recipe needs, refused unless they fit together."""
-    recipe = config.recipe
-    contexts = recipe.contexts
-    student = open_model("student", config.student, contexts)
-    compress, teacher = recipe.rewrite.how == "compress", None
-    teacher_rewrites = compress and recipe.rewrite.by == "teacher" and config.rewriter is None
-    if config.teacher and (recipe.write.by == "teacher" or recipe.target.weights == "teacher" or teacher_rewrites):
-        teacher = open_model("teacher", config.teacher, contexts)
-    rewriter = None
-    if compress:
-        named = open_model("rewriter", config.rewriter, contexts) if config.rewriter else teacher
-        rewriter = student if recipe.rewrite.by == "student" else named
-    if recipe.rewrite.how == "truncate" and not student.chat.thinks:
-        raise UserError(
-            "recipe.rewrite.how: truncate cuts the thinking span, and the student's template has none "
-            "(student.thinking); set student.thinking=true or rewrite otherwise"
-        )
-    for files in (teacher, rewriter):
-        if files is not None and files is not student and recipe.target.weights != "none":
-            require_same_prompts(student.chat, files.chat, files.key)
-            if student.eos_ids.isdisjoint(files.eos_ids):
-                raise UserError(
-                    f"{files.key}.path: its responses end with ids {sorted(files.eos_ids)}, the student's with "
-                    f"{sorted(student.eos_ids)}; mend eos_token_id in one generation_config.json, for lengths explode "
-                    "when a student is pulled to another end"
-                )
-    return Roles(student, teacher, rewriter)
+def require_what_is_read(recipe: Recipe, problems: Sequence[Problem]) -> None:
+    """A problem that lacks what the recipe reads is told before anything was sampled."""
+    for problem in problems:
+        if "correct" in recipe.rewrite.keep:
+            rewrite.reference(problem)
+        if recipe.write.by == "dataset":
+            write.worked_response(problem)
 
 
 def check_sizes(config: RunConfig, roles: Roles, mesh: Mesh, problems: Sequence[Problem]) -> None:
@@ -215,6 +109,11 @@ def check_sizes(config: RunConfig, roles: Roles, mesh: Mesh, problems: Sequence[
                 f"train.max_length: {config.train.max_length} tokens exceed the window of {window} of the "
                 f"{files.key}; lower it"
             )
+    if config.train.max_length <= config.sampling.prompt_tokens:
+        raise UserError(
+            f"train.max_length: {config.train.max_length} tokens of prompt and response leave no room for a response "
+            f"beside sampling.prompt_tokens = {config.sampling.prompt_tokens}; raise train.max_length"
+        )
     # A prompt's tokens grow with its characters; rendering every problem of a large set would take minutes.
     for problem in sorted(problems, key=lambda p: len(p.question), reverse=True)[:256]:
         length = len(roles.student.chat.prompt("plain", problem))
@@ -236,6 +135,7 @@ def build(
     roles = open_roles(config)
     training, heldout = read_problems(config.problems, "train"), read_problems(config.problems, "heldout")
     refuse_overlap(training, heldout)
+    require_what_is_read(config.recipe, training)
     check_sizes(config, roles, mesh, [*training, *heldout[: config.eval.problems]])
 
     student = roles.student
@@ -250,7 +150,8 @@ def build(
         stack.callback(clock.close)
         teacher_weights = roles.teacher.weights(mesh) if roles.teacher else None
         samplers = _samplers(config, roles, mesh, teacher_weights)
-        recipe = _recipe(config, roles, samplers, state.memory, progress)
+        graders = stack.enter_context(GraderPool(config.recipe.rewrite.grader, workers=1))
+        recipe = _recipe(config, roles, samplers, graders, state.memory, progress)
         target_files = roles.target(config.recipe)
         parts = Parts(
             run_dir=run_dir,
@@ -358,16 +259,18 @@ def _samplers(config: RunConfig, roles: Roles, mesh: Mesh, teacher_weights: Any)
         # The rewriting prompt holds the problem, the whole draft and the instruction.
         room = prompt + written + prompt
         rewriter = make_sampler(roles.rewriter, config, mesh, room, sampling.rewriter.max_tokens)
-        if roles.rewriter is not roles.student:
-            shared = roles.rewriter is roles.teacher
-            rewriter.load(teacher_weights if shared else roles.rewriter.weights(mesh), 0)
-    following = [student] + ([rewriter] if rewriter and roles.rewriter is roles.student else [])
+        if writer is not None and writer is not student and roles.rewriter is roles.teacher:
+            rewriter.share(writer)
+        elif roles.rewriter is not roles.student:
+            rewriter.load(teacher_weights if roles.rewriter is roles.teacher else roles.rewriter.weights(mesh), 0)
+    rewrites = rewriter is not None and roles.rewriter is roles.student
 
     def load_student(weights: Any, version: int) -> None:
-        for sampler in following:
-            sampler.load(weights, version)
+        student.load(weights, version)
+        if rewriter is not None and rewrites:
+            rewriter.share(student)
 
-    return Samplers(student, writer, rewriter, load_student, writer is student or len(following) > 1)
+    return Samplers(student, writer, rewriter, load_student, writer is student or rewrites)
 
 
 @dataclass(frozen=True)
@@ -376,7 +279,13 @@ class RecipeParts:
     rewrite: Callable[[Sequence[Problem], Sequence[Trajectory], int], list[Trajectory]]
 
 
-def _recipe(config: RunConfig, roles: Roles, samplers: Samplers, memory: dict, progress: Progress) -> RecipeParts:
+def _correct(graders: GraderPool, answer: str, reference: str) -> bool:
+    return graders.grade_many([(answer, reference)])[0].correct
+
+
+def _recipe(
+    config: RunConfig, roles: Roles, samplers: Samplers, graders: GraderPool, memory: dict, progress: Progress
+) -> RecipeParts:
     """Step 7. The rollback count of the state is folded into every key."""
     recipe, sampling, seed = config.recipe, config.sampling, config.run.seed
     student = roles.student.chat
@@ -389,7 +298,7 @@ def _recipe(config: RunConfig, roles: Roles, samplers: Samplers, memory: dict, p
             writer = write.ModelWriter(
                 role, samplers.writer, files.chat, student, sampling.writer, recipe.write.attempts, seed
             )
-    judge = rewrite.Judge(student, recipe.rewrite.keep, recipe.rewrite.fallback)
+    judge = rewrite.Judge(student, recipe.rewrite.keep, recipe.rewrite.fallback, partial(_correct, graders))
     match recipe.rewrite.how:
         case "nobody":
             rewriter = rewrite.Nobody()

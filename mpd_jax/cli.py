@@ -32,6 +32,18 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+# What a file system refuses because of what the user asked for.
+USERS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of text.")]
 
 
@@ -61,9 +73,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="A directory for every sample, as JSON Lines.")] = None,
 ) -> None:
     """Accuracy and tokens on held-out problems of a model or a run's student, as it is and asked for fewer words."""
-    from mpd_jax import run
+    from mpd_jax import use
 
-    run.evaluate(source, config, overrides or [], regrade, out)
+    use.evaluate(source, config, overrides or [], regrade, out)
 
 
 @app.command()
@@ -76,9 +88,9 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Type a problem, see the trace stream."""
-    from mpd_jax import run
+    from mpd_jax import use
 
-    run.sample(model, prompt, temperature, max_tokens, seed, as_json)
+    use.sample(model, prompt, temperature, max_tokens, seed, as_json)
 
 
 @app.command()
@@ -88,9 +100,9 @@ def export(
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
 ) -> None:
     """Write a run's student as a directory that transformers and vLLM load unchanged."""
-    from mpd_jax import run
+    from mpd_jax import use
 
-    run.export(source, out, dtype)
+    use.export(source, out, dtype)
 
 
 @app.command("config")
@@ -120,7 +132,7 @@ def bench_head(
 
 @bench.command("sample")
 def bench_sample(as_json: Json = False) -> None:
-    """Tokens per second of the JAX sampler against transformers' generate (needs torch)."""
+    """Tokens per second of the JAX sampler, against transformers' generate where torch is installed."""
     from mpd_jax import bench_sample
 
     result = bench_sample.run(json=as_json)
@@ -137,11 +149,9 @@ def main() -> None:
     except UserError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            _fail(
-                f"{error.filename or 'a file'}: {error.strerror}; free space or choose another run.dir, then run again"
-            )
-        raise
+        if error.errno not in USERS:
+            raise
+        _fail(f"{error.filename or 'a file'}: {error.strerror}; free space or choose another place, then run again")
 
 
 def _fail(message: str) -> None:

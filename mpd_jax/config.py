@@ -26,10 +26,16 @@ from mpd_jax.types import UserError
 
 @dataclass(frozen=True)
 class RunSection:
-    """Where the run lives and its one root seed."""
+    """Where the run lives, a directory on this machine or mounted there, and its one root seed."""
 
     dir: str
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if "://" in self.dir or not self.dir.strip():
+            raise UserError(
+                f"run.dir: {self.dir!r} is not allowed; give a directory on this machine (a bucket: mounted)"
+            )
 
 
 @dataclass(frozen=True)

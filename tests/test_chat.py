@@ -5,10 +5,15 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer
 
-from mpd_jax.data.chat import Chat, Contexts, check_contexts, require_same_prompts
+from mpd_jax.data.chat import Chat, Contexts, check_contexts, require_same_prompts, require_same_vocabulary
+from mpd_jax.tiny_world import corpus
 from mpd_jax.types import Problem, UserError
+
+ROOT = Path(__file__).parent.parent
 
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -136,6 +141,34 @@ def test_the_prompt_is_what_the_template_renders(chats):
     assert "Solution:\n7+8=15.\n\n\n\\boxed{15}\nYour turn." in privileged
 
 
+@pytest.mark.parametrize("name", ("student", "teacher"))
+def test_prompts_of_the_shipped_models_are_transformers_own_ids(name):
+    directory = ROOT / "mpd_jax" / "tiny_world" / name
+    ends = json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
+    wordings = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())["recipe"]["contexts"]
+    chat, tokenizer = Chat(directory, ends, True, Contexts(**wordings)), AutoTokenizer.from_pretrained(str(directory))
+    problem, draft = Problem("p", "Leo has 7 coins. Mon: Leo finds 5 more. How many coins?"), "7+5=12.\n\n\\boxed{12}"
+    for context in ("plain", "concise", "compress"):
+        content = wordings[context].replace("{question}", problem.question).replace("{draft}", draft)
+        own = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            add_generation_prompt=True,
+            enable_thinking=True,
+            return_dict=False,
+        )
+        assert chat.prompt(context, problem, draft) == tuple(own)
+    plain = chat.decode(chat.prompt("plain", problem))
+    assert plain == f"<|im_start|>user\n{problem.question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_quickstart_asks_in_the_words_its_models_were_trained_on():
+    wordings = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())["recipe"]["contexts"]
+    both = wordings.keys() & corpus.CONTEXTS.keys()
+    assert both >= {"plain", "concise", "compress"}
+    assert {name: wordings[name] for name in both} == {name: corpus.CONTEXTS[name] for name in both}
+
+
 def test_only_placeholders_of_the_context_are_filled(chats, tmp_path):
     chat = make_chat(tmp_path, contexts=Contexts())
     text = chat.decode(
@@ -248,9 +281,30 @@ def test_a_model_that_does_not_think_answers_with_the_whole_response(chats, name
     assert chat.decode(parts.answer) == "7+8=15. \\boxed{15}"
 
 
+def test_a_template_that_ignores_thinking_leaves_it_to_the_config(tmp_path):
+    chat = make_chat(tmp_path / "ignores", DROPS_REASONING, thinking=False)
+    for text in ("7+8=15.\n\n\\boxed{15}", "<think>\n7+8=15.\n</think>\n\n\\boxed{15}"):
+        parts = chat.split(chat.encode(f"{text}<|im_end|>"))
+        assert not chat.thinks and parts.reasoning is None and parts.closed
+        assert chat.decode(parts.answer) == text
+    assert chat.decode(chat.assemble(chat.encode("7+8=15."), chat.encode("15"))) == "7+8=15.\n\n15"
+    opened = make_chat(tmp_path / "opens", OPENS_THINKING, thinking=False)
+    parts = opened.split(opened.encode("7+8=15.\n</think>\n\n\\boxed{15}<|im_end|>"))
+    assert opened.thinks and opened.decode(parts.answer) == "\\boxed{15}"
+
+
+def test_the_end_is_what_the_template_writes_after_an_answer(chats, tmp_path):
+    for chat in chats.values():
+        assert chat.end == chat.encode("<|im_end|>")
+    spaced = make_chat(tmp_path, THINKING.replace("{{- '<|im_end|>\\n' -}}", "{{- '\\n<|im_end|>\\n' -}}"))
+    assert spaced.end == spaced.encode("\n<|im_end|>") and len(spaced.end) > 1
+    assert spaced.assemble(spaced.encode("r"), spaced.encode("a"))[-len(spaced.end) :] == spaced.end
+
+
 def test_the_end_is_what_the_sampler_stops_at(tmp_path):
     base = make_chat(tmp_path / "base", eos=("<|endoftext|>",))
-    end = base.encode("<|endoftext|>")
+    end = base.end
+    assert end == base.encode("<|endoftext|>")
     assert base.assemble(base.encode("r"), base.encode("a"))[-1:] == end
     other = make_chat(tmp_path / "other")
     stopped = other.assemble(other.encode("r"), other.encode("a"))
@@ -329,8 +383,10 @@ def test_fingerprints_tell_vocabularies_apart(chats):
 
 def test_models_that_read_other_ids_are_refused(chats):
     require_same_prompts(chats["thinking"], chats["drops"], "teacher")
-    with pytest.raises(UserError, match=r"teacher\.path: its tokenizer"):
-        require_same_prompts(chats["thinking"], chats["marked"], "teacher")
+    require_same_vocabulary(chats["thinking"], chats["silent"], "teacher")
+    for require in (require_same_vocabulary, require_same_prompts):
+        with pytest.raises(UserError, match=r"teacher\.path: its tokenizer"):
+            require(chats["thinking"], chats["marked"], "teacher")
     with pytest.raises(UserError, match=r"teacher\.path: its chat template.*teacher\.thinking"):
         require_same_prompts(chats["thinking"], chats["silent"], "teacher")
 
@@ -349,6 +405,39 @@ def test_missing_pieces_are_named(tmp_path, chats):
         chats["thinking"].prompt("privileged", Problem("p2", "?"))
     with pytest.raises(UserError, match=r"contexts\.compress.*'p2' has no draft"):
         chats["thinking"].prompt("compress", Problem("p2", "?"))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", '{"version": "1.0", "added_to'),
+        ("tokenizer.json", ""),
+        ("tokenizer.json", "{}"),
+        ("tokenizer_config.json", '{"tokenizer_class": "PreTr'),
+        ("tokenizer_config.json", "[]"),
+    ],
+)
+def test_a_broken_tokenizer_is_refused_with_its_directory(tmp_path, file, text):
+    make_chat(tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError) as caught:
+        Chat(tmp_path, [0], True, CONTEXTS)
+    assert f"path {tmp_path}: its tokenizer cannot be read" in str(caught.value) and "fetch" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{%- for m in messages -%}", "TemplateSyntaxError"),
+        ("{{ raise_exception('no users here') }}", "TemplateError: no users here"),
+        ("{{ messages[0].parts[0] }}", "UndefinedError"),
+        ("{{ 'a' + 1 }}", "TypeError"),
+    ],
+)
+def test_a_template_that_fails_is_refused_with_its_directory(tmp_path, template, said):
+    with pytest.raises(UserError) as caught:
+        make_chat(tmp_path, template)
+    assert f"path {tmp_path}: its chat template fails ({said}" in str(caught.value) and "mend it" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,15 @@ def test_resolved_config_reads_back_equal(name, tmp_path):
     assert config.load(tmp_path / "config.yaml") == loaded
 
 
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "configs").glob("*.yaml") if p.stem != "quickstart"))
+def test_configs_of_real_size_give_each_of_eight_accelerators_one_row_at_a_time(name):
+    loaded = config.load(ROOT / "configs" / name)
+    rows, pieces = loaded.train.batch_size * loaded.recipe.write.attempts, loaded.train.micro_batches
+    assert rows % (8 * pieces) == 0, f"{rows} rows in {pieces} pieces over 8 devices"
+    assert rows == 8 * pieces
+    assert "\n# Laid out for 8 accelerators: " in (ROOT / "configs" / name).read_text()
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -44,6 +54,7 @@ def test_resolved_config_reads_back_equal(name, tmp_path):
         ("student=null", "student: None is not allowed"),
         ("recipe.loss.kind=cross_entropy", "cross_entropy"),
         ("run={}", "run.dir: required and missing"),
+        ("run.dir=gs://bucket/run", "run.dir: 'gs://bucket/run' is not allowed"),
     ],
 )
 def test_bad_values_are_refused_by_name(override, said):
@@ -73,13 +84,31 @@ def declared(owner: type) -> set[tuple[str, str]]:
     return found
 
 
+# The wordings that repairing rewrites and privileged targets ask in, recipes to come: no run reads them yet.
+TO_COME = {"Contexts.repair", "Contexts.privileged"}
+
+
+def reads(node: ast.AST, owner: str = "") -> Iterator[str]:
+    """Attributes that code reads, those of `self` as Class.name. A check in __post_init__ is no use of a field."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef) and child.name == "__post_init__":
+            continue
+        if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Load):
+            own = isinstance(child.value, ast.Name) and child.value.id == "self"
+            yield f"{owner}.{child.attr}" if own else child.attr
+        yield from reads(child, child.name if isinstance(child, ast.ClassDef) else owner)
+
+
 def test_every_declared_field_is_read_by_some_code():
-    contexts = {name for owner, name in declared(config.RunConfig) if owner == "Contexts"}
-    read = set()
-    for path in (ROOT / "mpd_jax").rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-        # A context is read by its name: chat.prompt("concise", problem).
-        read |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and n.value in contexts}
-    unread = {f"{owner}.{name}" for owner, name in declared(config.RunConfig) if name not in read}
-    assert not unread, f"declared and never read: {sorted(unread)}"
+    """Neither tiny_world, which runs before there is a config, nor recipe.py, which only refuses, uses a field."""
+    paths = [p for p in (ROOT / "mpd_jax").rglob("*.py") if "tiny_world" not in p.parts and p.name != "recipe.py"]
+    trees = {path: ast.parse(path.read_text()) for path in paths}
+    read = {name for tree in trees.values() for name in reads(tree)}
+    # A context is read by its name, chat.prompt("concise", problem), outside the file that declares them all.
+    users = [tree for path, tree in trees.items() if path.name != "chat.py"]
+    words = {n.value for tree in users for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+    named = {f"Contexts.{word}" for word in words}
+    unread = {f"{o}.{n}" for o, n in declared(config.RunConfig) if not {n, f"{o}.{n}"} & read} - named
+    assert unread == TO_COME, (
+        f"declared and never read: {sorted(unread - TO_COME)}; read by now: {sorted(TO_COME - unread)}"
+    )

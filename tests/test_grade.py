@@ -122,6 +122,31 @@ def test_equality_is_symmetric_and_reflexive(a, b):
         ("1,23", "123", False),
         ("2 pi", "2", False),
         ("2x", "2", False),
+        ("5 cm", "5", True),
+        ("12 coins", "12", True),
+        ("3 square feet", "3", True),
+        (r"7 \text{ oranges}", "7", True),
+        (r"6 \text{ motor scooters}", "6", True),
+        (r"10 \text{ or } x", "10", False),
+        (r"10 \text{ or more}", "10", False),
+        (r"5 \text{ and } x", "5", False),
+        ("5 and ten", "5", False),
+        ("5 x y", "5", False),
+        ("5 plus ten", "5", False),
+        ("5 minus ten", "5", False),
+        ("5 times ten", "5", False),
+        ("5 over ten", "5", False),
+        ("5 sin x", "5", False),
+        ("3 times as many", "3", False),
+        (r"3 \text{ million}", "3", False),
+        ("3 Million", "3", False),
+        (r"\frac{1}{2} \text{ million dollars}", "0.5", False),
+        ("2 dozen", "2", False),
+        ("2 hundreds", "2", False),
+        ("2 thousand", "2", False),
+        ("2 billion", "2", False),
+        ("2 trillion", "2", False),
+        (r"3 \text{ million}", "3 million", True),
         ("x", "X", False),
         ("(B)", r"\text{B}", True),
         ("Monday", r"\text{monday}", True),
@@ -142,6 +167,15 @@ def test_units_words_and_text_are_equal_as_listed(a, b, same):
 def test_a_text_without_an_answer_agrees_with_nothing():
     assert same_answer(r"so \boxed{6/2}", "Answer: 3")
     assert not same_answer("", "") and not same_answer("3", "3") and not same_answer(r"\boxed{}", r"\boxed{}")
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [(r"\boxed{10 \text{ or } x}", "10"), (r"\boxed{5 \text{ and } x}", "5"), (r"\boxed{3 \text{ million}}", "3")],
+)
+def test_words_that_change_a_number_are_no_unit_of_it(text, reference):
+    assert not grade(text, reference).correct and not same_answer(text, f"\\boxed{{{reference}}}")
+    assert grade(text, text).correct
 
 
 def test_a_reference_may_be_a_worked_solution():

@@ -152,7 +152,7 @@ def test_every_device_gets_its_own_part(tmp_path, sizes):
 def test_no_read_is_larger_than_one_device_s_part_of_a_layer(tmp_path, monkeypatch):
     """So the host holds at most the parts of one of our arrays, never the file."""
     directory, model, _ = write_model(tmp_path)
-    read, real = [], hf_weights._Checkpoint.slice
+    read, real = [], hf_weights._Checkpoint.tensor
 
     class Counted:
         def __init__(self, name, held):
@@ -165,7 +165,7 @@ def test_no_read_is_larger_than_one_device_s_part_of_a_layer(tmp_path, monkeypat
         def __getattr__(self, name):
             return getattr(self.held, name)
 
-    monkeypatch.setattr(hf_weights._Checkpoint, "slice", lambda self, name: Counted(name, real(self, name)))
+    monkeypatch.setattr(hf_weights._Checkpoint, "tensor", lambda self, name: Counted(name, real(self, name)))
     load_weights(directory, model, make_mesh(MeshConfig(fsdp=8)))
     assert [size for name, size in read if name == "model.layers.1.self_attn.q_proj.weight"] == [16 * 8 // 8] * 8
     assert [size for name, size in read if name == "lm_head.weight"] == [16 * 8 // 8] * 8

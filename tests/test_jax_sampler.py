@@ -10,8 +10,9 @@ from mpd_jax.models.config import ModelConfig
 from mpd_jax.models.decoder import Model
 from mpd_jax.sampling.jax_sampler import TRACES, JaxSampler
 from mpd_jax.sampling.sampler import Request, SamplingConfig
-from mpd_jax.sharding import MeshConfig, make_mesh
+from mpd_jax.sharding import MeshConfig, make_mesh, tree_shardings
 from mpd_jax.types import UserError
+from tests.compilations import compilations
 
 CONFIG = ModelConfig(
     family="qwen3",
@@ -146,18 +147,26 @@ def test_an_abandoned_stream_leaves_nothing_behind():
     assert tuple(made.sample(requests(), SAMPLED)) == responses()
 
 
-def test_each_program_compiles_once():
-    made = sampler(slots=3, load=False)  # a shape of its own
+@pytest.mark.parametrize("mesh", [ONE_DEVICE, MeshConfig(2, 2, 2)], ids=str)
+def test_each_program_compiles_once(mesh):
+    """Over two loads: weights as they are read, and as an update leaves them. A trace does not see a sharding."""
+    made = sampler(mesh=mesh, slots=3 if mesh == ONE_DEVICE else 8, load=False)  # shapes of their own
+    train = tree_shardings(made.mesh, MODEL.logical_axes(), MODEL.abstract(), "train")
+    read = jax.device_put(weights(), train)
+    updated = jax.jit(lambda tree: jax.tree.map(lambda x: x * 1.1, tree), out_shardings=train)(read)
     before = Counter(TRACES)
-    for version in range(2):
-        made.load(weights(version), version)
-        for settings in (SAMPLED, GREEDY, SamplingConfig(temperature=0.6, max_tokens=8)):
-            made.sample(requests(), settings)
-            made.sample(requests()[:1], settings)
+    with compilations() as compiled:
+        for version, given in enumerate((read, updated)):
+            made.load(given, version)
+            for settings in (SAMPLED, GREEDY, SamplingConfig(temperature=0.6, max_tokens=8)):
+                made.sample(requests(), settings)
+                made.sample(requests()[:1], settings)
     assert dict(TRACES - before) == {"empty": 1, "load": 1, "prefill": 1, "decode": 1, "take": 1}
-    for settings in (SamplingConfig(top_k=4, max_tokens=8), SamplingConfig(top_p=0.9, max_tokens=8)):
-        made.sample(requests(), settings)
-    assert (TRACES - before)["decode"] == 2  # the sort of top-k and top-p is the one program more
+    assert sorted(compiled.values()) == [1] * 5, compiled
+    with compilations() as compiled:
+        for settings in (SamplingConfig(top_k=4, max_tokens=8), SamplingConfig(top_p=0.9, max_tokens=8)):
+            made.sample(requests(), settings)
+    assert dict(compiled) == {"jit(_decode)": 1}  # the sort of top-k and top-p is the one program more
 
 
 def test_slots_are_refilled_while_others_decode():

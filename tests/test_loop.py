@@ -237,6 +237,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_saves_nothing_after
     assert last["step"] == step and last["finite"] is False and last["loss"] is None
 
 
+def test_what_was_sampled_after_a_step_that_failed_once_is_sampled_again(straight, tmp_path):
+    """Step 3 was sampled from weights that step 2 had not moved: a second start, in which step 2 succeeds, may not
+    take it for its own."""
+    with pytest.raises(TrainingFailure):
+        run(tmp_path, to_batch=breaking(2), eval_every=0)
+    state, _ = run(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), straight[0])
+
+
 def test_a_step_of_which_nothing_is_left_skips_its_update(straight, tmp_path):
     def drop(problems, written, step):
         return [replace(t, dropped=step == 2, verdict="dropped" if step == 2 else "kept") for t in written]

@@ -1,10 +1,11 @@
 """Claims about the decoder: the recorded logits of transformers, causality, and that no way of running it matters."""
 
-from pathlib import Path
+import json
+import re
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -13,8 +14,8 @@ from mpd_jax.models.config import ModelConfig, RopeScaling
 from mpd_jax.models.decoder import Model
 from mpd_jax.models.hf_weights import load_config, load_weights
 from mpd_jax.sharding import MeshConfig, make_mesh, partition_spec, tree_shardings
+from tests.parity import record
 
-RECORDED = Path(__file__).parent / "parity" / "recorded"
 SCALING = RopeScaling(8.0, 1.0, 4.0, 64)
 TINY = ModelConfig("llama", 32, 16, 24, 2, 8, 4, 4, 1e-5, 1e3, SCALING, True, True, True, True, False, 64)
 PLAIN = ModelConfig("qwen3", 32, 16, 24, 2, 4, 1, 8, 1e-6, 1e4, None, False, False, False, False, True, 64)
@@ -41,26 +42,34 @@ def tokens(rows, length):
     return np.random.default_rng(1).integers(0, 32, (rows, length), dtype=np.int32)
 
 
-@pytest.fixture(params=["qwen3", "qwen2", "llama"])
-def recorded(request, tmp_path):
-    """(what transformers computed, the directory it computed it from)."""
-    held = np.load(RECORDED / f"{request.param}.npz")
-    (tmp_path / "config.json").write_text(str(held["config"]))
-    bits = {k[2:]: held[k].view(ml_dtypes.bfloat16) for k in held if k.startswith("w.")}
-    save_file(bits, tmp_path / "model.safetensors")
-    return held, tmp_path
+@lru_cache
+def recorded(family):
+    return dict(np.load(record.RECORDED / f"{family}.npz"))
 
 
-def test_logits_and_greedy_tokens_are_those_transformers_computed(recorded):
-    held, directory = recorded
-    model = Model(load_config(directory))
-    weights = load_weights(directory, model, make_mesh(MeshConfig(), jax.devices()[:1]))
-    logits = jax.jit(model.logits)
-    np.testing.assert_allclose(logits(weights, held["tokens"]), held["logits"], rtol=0, atol=1e-4)
-    ids, start = held["tokens"].copy(), 10
-    for at in range(start, start + held["greedy"].shape[1]):
+@pytest.mark.parametrize("family, moved", record.CASES, ids=lambda x: x)
+def test_logits_and_greedy_tokens_are_those_transformers_computed(family, moved, tmp_path):
+    config, shapes, expected, greedy = (
+        recorded(family)[f"{moved}.{name}"] for name in ("config", "shapes", "logits", "greedy")
+    )
+    (tmp_path / "config.json").write_text(str(config))
+    tensors = {name: record.draw(name, shape) for name, shape in json.loads(str(shapes)).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = Model(load_config(tmp_path))
+    weights = load_weights(tmp_path, model, make_mesh(MeshConfig(), jax.devices()[:1]))
+    logits, ids, start = jax.jit(model.logits), record.tokens(), record.PROMPT
+    assert np.ptp(expected) > 2, "logits this flat would agree by accident"
+    np.testing.assert_allclose(logits(weights, ids)[:, record.POSITIONS], expected, rtol=0, atol=1e-4)
+    for at in range(start, start + record.NEW):
         ids[:, at] = np.asarray(logits(weights, ids))[:, at - 1].argmax(-1)
-    np.testing.assert_array_equal(ids[:, start : at + 1], held["greedy"])
+    np.testing.assert_array_equal(ids[:, start : at + 1], greedy)
+
+
+@pytest.mark.parametrize("family, moved", [case for case in record.CASES if case[1] != "base"], ids=lambda x: x)
+def test_every_moved_field_moves_the_recorded_logits(family, moved):
+    """Else the comparison above would pass with the field ignored."""
+    base, logits = (recorded(family)[f"{name}.logits"] for name in ("base", moved))
+    assert base.shape != logits.shape or np.abs(base - logits).max() > 1e-2
 
 
 @pytest.mark.parametrize("config", [TINY, PLAIN], ids=["tiny", "plain"])
@@ -147,7 +156,7 @@ def test_cached_chunks_equal_the_whole_forward_pass(config):
             count = min(4, prompt[row] - done[row])
             slots[row], valid[row] = slot, count
             chunk[row, :count] = ids[row, done[row] : done[row] + count]
-        h, cache = step(weights, chunk, cache, slots, valid)
+        h, cache = step(model.by_layer(weights), chunk, cache, slots, valid)
         for row in slot_of:
             at = done[row]
             np.testing.assert_allclose(h[row, : valid[row]], whole[row, at : at + valid[row]], atol=2e-5)
@@ -156,7 +165,7 @@ def test_cached_chunks_equal_the_whole_forward_pass(config):
     for _ in range(3):
         row_of = {slot: row for row, slot in slot_of.items()}
         column = np.array([[ids[row_of[b], done[row_of[b]]] if b in row_of else garbage] for b in range(4)], np.int32)
-        h, cache = step(weights, column, cache, None, np.array([1, 0, 1, 1], np.int32))
+        h, cache = step(model.by_layer(weights), column, cache, None, np.array([1, 0, 1, 1], np.int32))
         for row, slot in slot_of.items():
             np.testing.assert_allclose(h[slot, 0], whole[row, done[row]], atol=2e-5)
             done[row] += 1
@@ -169,7 +178,7 @@ def test_a_row_that_does_not_count_may_share_a_slot():
     cache = model.init_cache(2, 6, "float32")
     for first, second in ((ids[0, :3], ids[0, 3:]), (ids[0, 3:], None)):
         rows = np.stack([first, np.full(3, 9, np.int32)])
-        h, cache = step(weights, rows, cache, np.array([1, 1], np.int32), np.array([3, 0], np.int32))
+        h, cache = step(model.by_layer(weights), rows, cache, np.array([1, 1], np.int32), np.array([3, 0], np.int32))
         np.testing.assert_allclose(h[0], whole[0, :3] if second is not None else whole[0, 3:], atol=2e-5)
     np.testing.assert_array_equal(cache.length_B, [0, 6])
 
@@ -233,3 +242,18 @@ def test_eight_devices_compute_what_one_does(sizes, one_device):
     assert h_split.sharding.shard_shape(h.shape)[0] == 8 // (sizes[0] * sizes[1])
     for one, many in zip(jax.tree.leaves(grads), jax.tree.leaves(split), strict=True):
         assert np.linalg.norm(one - many) <= 1e-5 * np.linalg.norm(one)
+
+
+def test_float32_is_multiplied_in_full_and_bfloat16_as_the_device_likes():
+    """On a CPU there is no difference to see, so the program is read."""
+    weights, ids = lively(Model(TINY)), tokens(1, 4)
+    for dtype, wanted in (("float32", True), ("bfloat16", False)):
+        model = Model(TINY, dtype=dtype)
+        cache = model.init_cache(1, 8, dtype)
+        with jax.default_matmul_precision("default"):
+            backward = jax.make_jaxpr(jax.grad(lambda w, m=model: jnp.sum(m.logits(w, ids))))(weights)
+            step = jax.make_jaxpr(model.decode)(model.by_layer(weights), ids, cache, None, np.ones(1, np.int32))
+        for program in (str(backward), str(step)):
+            products = re.findall(r"precision=(.*)", program)
+            assert len(products) > 8
+            assert all(("HIGHEST" in product) == wanted for product in products), products

@@ -39,6 +39,18 @@ REFUSED = [
         {"rewrite": {"how": "compress", "keep": ("shorter", "shorter")}},
         "recipe.rewrite.keep: ['shorter', 'shorter'] names",
     ),
+    (
+        {"rewrite": {"how": "compress", "grader": "math_verify"}},
+        "recipe.rewrite.grader: 'math_verify' judges the rule 'correct'",
+    ),
+    (
+        {
+            "rewrite": {"how": "compress", "fallback": "original"},
+            "target": {"weights": "none"},
+            "loss": {"kind": "cross_entropy"},
+        },
+        "recipe.rewrite.fallback: 'original' with recipe.write.by=student and recipe.target.weights=none",
+    ),
     ({"rewrite": {"how": "truncate"}}, "recipe.rewrite.truncate_to: how=truncate needs one budget and got 0"),
     (
         {"rewrite": {"how": "truncate", "truncate_to": 9, "truncate_ratio": 0.5}},

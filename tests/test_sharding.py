@@ -31,8 +31,13 @@ def random_weights(of: Model):
     return jax.tree.map(lambda w: random.normal(0.3, 0.2, w.shape).astype(np.float32), of.abstract())
 
 
-def place(of: Model, weights, mesh, column):
-    return jax.device_put(weights, tree_shardings(mesh, of.logical_axes(), of.abstract(), column))
+def place(of: Model, weights, mesh):
+    return jax.device_put(weights, tree_shardings(mesh, of.logical_axes(), of.abstract(), "train"))
+
+
+def place_for_decode(of: Model, weights, mesh):
+    weights = of.by_layer(weights)
+    return jax.device_put(weights, tree_shardings(mesh, of.by_layer_axes(), weights, "decode"))
 
 
 def collectives(hlo: str) -> list[tuple[str, int]]:
@@ -45,28 +50,29 @@ def collectives(hlo: str) -> list[tuple[str, int]]:
     ]
 
 
+@pytest.mark.parametrize("chunk", [1, 4])
 @pytest.mark.parametrize("config", [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2)], ids=str)
-def test_decoding_on_8_devices_is_that_on_1_and_never_gathers_weights_or_cache(config):
+def test_decoding_on_8_devices_is_that_on_1_and_never_gathers_weights_or_cache(config, chunk):
     of, mesh = model(), make_mesh(config)
     weights = random_weights(of)
-    expected = jax.jit(of.hidden)(weights, TOKENS[:, :1])
+    expected = jax.jit(of.hidden)(weights, TOKENS[:, :chunk])
     cache = jax.jit(of.init_cache, static_argnums=(0, 1, 2))(8, 16, "float32")
     placed = jax.device_put(cache, tree_shardings(mesh, of.cache_axes(), cache, "decode"))
     with jax.set_mesh(mesh):
-        inputs = place(of, weights, mesh, "decode"), TOKENS[:, :1], placed, None, np.ones(8, np.int32)
+        inputs = place_for_decode(of, weights, mesh), TOKENS[:, :chunk], placed, None, np.full(8, chunk, np.int32)
         step = jax.jit(of.decode).lower(*inputs).compile()
         found, after = step(*inputs)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(placed), strict=True):
         assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
-    activations = 8 * 32
+    activations = 8 * 32 * chunk
     assert all(kind == "all-reduce" and size <= activations for kind, size in collectives(step.as_text()))
 
 
 def test_training_gathers_each_weight_over_fsdp_and_moves_no_activation():
     of, mesh = model(), make_mesh(MeshConfig(1, 8, 1))
     with jax.set_mesh(mesh):
-        weights = place(of, random_weights(of), mesh, "train")
+        weights = place(of, random_weights(of), mesh)
         forward = jax.jit(of.hidden).lower(weights, jax.device_put(TOKENS, batch_sharding(mesh))).compile()
     sizes = {np.prod(w.shape[1:]) for w in jax.tree.leaves(weights["blocks"])} | {64 * 32}
     assert collectives(forward.as_text()), "the weights were not split"

@@ -13,6 +13,7 @@ from mpd_jax.sharding import MeshConfig, make_mesh, tree_shardings
 from mpd_jax.train.state import TrainConfig, Trained, init_opt_state, new_state, optimiser, trained_shardings
 from mpd_jax.train.step import make_update, position_sums
 from mpd_jax.types import Batch, UserError
+from tests.compilations import compilations
 
 VOCAB, ROWS, RESPONSE = 60, 8, 6
 KINDS = ("reverse_kl", "forward_kl", "jsd", "mix")
@@ -205,15 +206,17 @@ def test_the_target_has_no_gradient_and_outlives_the_donated_student(adam):
 
 
 def test_there_is_one_compilation_a_batch_shape(adam):
-    update, start, _ = adam
-    trained, target = start()
-    trained, _ = update(trained, target, make_batch(seed=2))
-    traces = update.traces
-    for seed in range(3):
-        trained, _ = update(trained, target, make_batch(seed=seed))
-    assert update.traces == traces
-    update(trained, target, make_batch(prompt=(5, 7)))
-    assert update.traces == traces + 1
+    """From the state as it is built to the state as an update leaves it: a trace does not see a sharding."""
+    _, start, build = adam
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    update, (trained, target) = build(mesh), start(mesh)
+    with compilations() as compiled:
+        for seed in range(3):
+            trained, _ = update(trained, target, make_batch(seed=seed))
+    assert compiled["jit(traced)"] == update.traces == 1
+    with compilations() as compiled:
+        update(trained, target, make_batch(prompt=(5, 7)))
+    assert compiled["jit(traced)"] == 1 and update.traces == 2
 
 
 def test_the_state_keeps_its_places_on_the_mesh(adam):

@@ -84,6 +84,19 @@ def test_pretraining_draws_no_heldout_problem(tokenizer):
     assert seen > 500
 
 
+def test_no_trace_of_pretraining_follows_a_heldout_chain(tokenizer, monkeypatch):
+    """Drafts that misread their story included."""
+    told, render = [], generator.render
+    monkeypatch.setattr(
+        generator, "render", lambda story, *args, **more: told.append(story) or render(story, *args, **more)
+    )
+    documents, rng = corpus.Corpus(tokenizer, corpus.TEACHER_MIX), random.Random(3)
+    for _ in range(2000):
+        documents.draw(rng)
+    assert len({story.skeleton for story in told}) > 1000
+    assert not [story.skeleton for story in told if story.heldout]
+
+
 @pytest.mark.parametrize("repaired", [True, False])
 def test_every_equation_of_a_repaired_trace_is_right_or_put_right(repaired):
     rng = random.Random(1)

@@ -85,6 +85,7 @@ class Chat:
     """
 
     def __init__(self, directory: str | Path, eos_ids: Iterable[int], thinking: bool, contexts: Contexts):
+        self._directory = directory
         self._tokenizer = _load_tokenizer(directory)
         self._fast = self._tokenizer.backend_tokenizer
         self.eos_ids = frozenset(eos_ids)
@@ -100,10 +101,12 @@ class Chat:
         self._markup = re.compile("|".join(map(re.escape, longest_first))) if markup else None
         self._open_id, self._close_id = self._single_id(OPEN), self._single_id(CLOSE)
         prompt = self.encode(self._render([_user("Q")]))
-        # The template itself may open the span (thinking-only models) or close it (enable_thinking=False).
+        # The template itself may open the span (thinking-only models) or close it (enable_thinking=False). One that
+        # does neither ignores `thinking`, which then says what the model was made to do.
         self._prompt_opens = self._last(prompt, self._open_id) > self._last(prompt, self._close_id)
         closes = self._last(prompt, self._close_id) > self._last(prompt, self._open_id)
-        self.thinks = self._open_id is not None and self._close_id is not None and not closes
+        tagged = self._open_id is not None and self._close_id is not None
+        self.thinks = tagged and (self._prompt_opens or (thinking and not closes))
         self._seams = self._find_seams()
 
     # Text and ids
@@ -139,6 +142,11 @@ class Chat:
     def vocab_size(self) -> int:
         """The number of ids that stand for a token; a model's head may hold more rows, padding."""
         return max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def end(self) -> Ids:
+        """What this model's template writes after an answer, EOS last."""
+        return self._seams.end
 
     # Prompts
 
@@ -193,7 +201,7 @@ class Chat:
 
     def assemble(self, reasoning: Sequence[int], answer: Sequence[int]) -> Ids:
         """A whole response, EOS last, as the model's chat template writes an assistant turn of these two parts."""
-        return self.assemble_cut(reasoning, answer) + self._seams.end
+        return self.assemble_cut(reasoning, answer) + self.end
 
     def assemble_cut(self, reasoning: Sequence[int], answer: Sequence[int] | None) -> Ids:
         """The same without its end; with answer None, a response that was cut inside the reasoning."""
@@ -208,7 +216,7 @@ class Chat:
 
     def with_own_end(self, response: Ids) -> Ids:
         """A stopped response of another model with the same vocabulary, ended as this model ends its own."""
-        return response if response[-1] in self.eos_ids else (*response[:-1], *self._seams.end)
+        return response if response[-1] in self.eos_ids else (*response[:-1], *self.end)
 
     # Rewrites: the model's own thinking, reasoning, a line that holds only ####, answer
 
@@ -325,12 +333,28 @@ class Chat:
         return max((at for at, i in enumerate(ids) if i == token), default=-1)
 
     def _render(self, messages: list[dict[str, str]], generate: bool = True) -> str:
-        return self._tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=generate,
-            enable_thinking=self.thinking,
-            date_string=_DATE,
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=generate,
+                enable_thinking=self.thinking,
+                date_string=_DATE,
+            )
+        except Exception as error:  # a template is a program of the model's: it may raise anything
+            raise UserError(
+                f"path {self._directory}: its chat template fails ({type(error).__name__}: {error}); mend it in "
+                "chat_template.jinja or tokenizer_config.json, or use a model whose template takes one user message"
+            ) from error
+
+
+def require_same_vocabulary(student: Chat, other: Chat, key: str) -> None:
+    """Refuses a model (`key` names its config section) whose ids mean other tokens than the student's."""
+    if student.vocab_fingerprint() != other.vocab_fingerprint():
+        raise UserError(
+            f"{key}.path: its tokenizer maps ids to other tokens than the student's ({other.vocab_size} against "
+            f"{student.vocab_size} tokens); choose two models of one family, or recipe.target.weights=none, where only "
+            "text travels"
         )
 
 
@@ -339,12 +363,7 @@ def require_same_prompts(student: Chat, other: Chat, key: str) -> None:
 
     A divergence compares distributions token by token: the same ids must mean the same, after the same prompt.
     """
-    if student.vocab_fingerprint() != other.vocab_fingerprint():
-        raise UserError(
-            f"{key}.path: its tokenizer maps ids to other tokens than the student's ({other.vocab_size} against "
-            f"{student.vocab_size} tokens); choose two models of one family, or recipe.target.weights=none, where only "
-            "text travels"
-        )
+    require_same_vocabulary(student, other, key)
     probe = Problem("probe", "What is 1+1?")
     ours, theirs = student.prompt("plain", probe), other.prompt("plain", probe)
     if ours != theirs:
@@ -374,7 +393,13 @@ def _user(content: str) -> dict[str, str]:
 def _load_tokenizer(directory: str | Path):
     if not (Path(directory) / "tokenizer.json").is_file():
         raise UserError(f"path {directory}: it holds no tokenizer.json; give a Hugging Face model directory with one")
-    tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise UserError(
+            f"path {directory}: its tokenizer cannot be read ({type(error).__name__}: {error}); fetch tokenizer.json "
+            "and tokenizer_config.json anew from where the model came from"
+        ) from error
     if not tokenizer.chat_template:
         raise UserError(
             f"path {directory}: its tokenizer has no chat template, so no prompt can be built; use an "

@@ -48,6 +48,11 @@ _NUMBER = re.compile(
     r")(?P<unit>\s*%|\s*(?:°|\^\s*\{?\\circ\}?)|\s+(?!pi\b)[A-Za-z][A-Za-z ]+|\s+[mgshlL])?\s*",
     re.ASCII,
 )
+# Words after a number that change its value or add another answer ("3 million", "5 and x", "2 x y"): no unit.
+_NO_UNIT = re.compile(
+    r"\b(?:or|and|times|plus|minus|over|(?:dozen|hundred|thousand|million|billion|trillion)s?)\b|\w [A-Za-z]$",
+    re.IGNORECASE,
+)
 _ASSIGNED = re.compile(r"^[A-Za-z]\w*\s*=\s*")
 _WORDS = re.compile(r"[A-Za-z]{4,}(?: [A-Za-z]+)*|[A-Za-z]+(?: [A-Za-z]+)+")
 # Longer than any number a dataset holds; reading a hostile one would cost quadratic time.
@@ -103,7 +108,8 @@ def normalise(text: str) -> str:
 def number(text: str) -> tuple[Fraction, str] | None:
     """(value, unit) of a normalised answer that is one plain number, else None. The unit may be empty."""
     match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST_NUMBER else None
-    if match is None:
+    unit = (match["unit"] or "").strip().casefold() if match else ""
+    if match is None or _NO_UNIT.search(unit):
         return None
     if match["plain"]:
         value = Fraction(match["plain"].replace(",", ""))
@@ -113,7 +119,6 @@ def number(text: str) -> tuple[Fraction, str] | None:
         if bottom == 0:
             return None
         value = int(match["whole"] or match["mixed"] or 0) + Fraction(top, bottom)
-    unit = (match["unit"] or "").strip().casefold()
     return (-value if match["sign"] == "-" else value), ("°" if "circ" in unit else unit)
 
 

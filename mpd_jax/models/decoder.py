@@ -5,6 +5,7 @@ and a plain nested dict of arrays. Training scans the stacked layers; cached dec
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -190,6 +191,16 @@ class Model:
         blocks = jax.tree.map(lambda a: ("layers", *a), _split(Block, self.config)[2], is_leaf=is_axes)
         return {**_split(Decoder, self.config)[2], "blocks": blocks}
 
+    def by_layer(self, weights: Weights) -> Weights:
+        """The weights as `decode` takes them, a tree a layer: slices of stacked ones would be copied every token."""
+        layers = range(self.config.num_layers)
+        blocks = tuple(jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]) for layer in layers)
+        return {**weights, "blocks": blocks}
+
+    def by_layer_axes(self) -> Weights:
+        """The tree of `by_layer` with a tuple of logical axis names for every array."""
+        return {**_split(Decoder, self.config)[2], "blocks": (_split(Block, self.config)[2],) * self.config.num_layers}
+
     def hidden(
         self,
         weights: Weights,
@@ -210,19 +221,23 @@ class Model:
             return constrain(y_BTD, ("batch", None, None)), None
 
         x_BTD = constrain(self._embed(weights, tokens_BT), ("batch", None, None))
-        x_BTD, _ = jax.lax.scan(_rematerialised(body, self.remat), x_BTD, weights["blocks"])
+        with self._precision():
+            x_BTD, _ = jax.lax.scan(_rematerialised(body, self.remat), x_BTD, weights["blocks"])
         return _module(Decoder, self.config, _rest(weights)).final_norm(x_BTD)
 
     def head(self, weights: Weights) -> jax.Array:
         """The projection onto the vocabulary [V, D], as stored."""
         return weights["embed"] if self.config.tie_embeddings else weights["head"]
 
+    def project(self, weights: Weights, h: jax.Array) -> jax.Array:
+        """float32 logits [..., V] of hidden states [..., D]."""
+        with self._precision():
+            head_VD = self.head(weights).astype(h.dtype)
+            return jnp.einsum("...d,vd->...v", h, head_VD, preferred_element_type=jnp.float32)
+
     def logits(self, weights: Weights, tokens_BT: jax.Array, **rows: jax.Array | None) -> jax.Array:
         """float32 logits [B, T, V], whole: for tests and small tools."""
-        h_BTD = self.hidden(weights, tokens_BT, **rows)
-        return jnp.einsum(
-            "btd,vd->btv", h_BTD, self.head(weights).astype(h_BTD.dtype), preferred_element_type=jnp.float32
-        )
+        return self.project(weights, self.hidden(weights, tokens_BT, **rows))
 
     def init_cache(self, slots: int, length: int, dtype: Any) -> KVCache:
         """An empty cache of `slots` rows for `length` tokens each."""
@@ -245,8 +260,9 @@ class Model:
     ) -> tuple[jax.Array, KVCache]:
         """Hidden states [R, T, D] of tokens that continue cached rows, and the cache that holds them.
 
-        Row r continues slot slots_R[r] (None: slot r) with its first valid_R[r] tokens; those beyond are not kept. Rows
-        with a valid token have distinct slots; a row without any may name any slot, and changes nothing.
+        The weights are those of `by_layer`. Row r continues slot slots_R[r] (None: slot r) with its first valid_R[r]
+        tokens; those beyond are not kept. Rows with a valid token have distinct slots; a row without any may name any
+        slot, and changes nothing.
         """
         S = cache.v[0].shape[2]
         start_R = cache.length_B if slots_R is None else cache.length_B[slots_R]
@@ -270,12 +286,17 @@ class Model:
 
         x_RTD, held = self._embed(weights, tokens_RT), []
         for layer in range(self.config.num_layers):
-            block = _module(Block, self.config, jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]))
-            x_RTD, pair = block.step(x_RTD, rotation, visible, partial(remember, layer))
+            block = _module(Block, self.config, weights["blocks"][layer])
+            with self._precision():
+                x_RTD, pair = block.step(x_RTD, rotation, visible, partial(remember, layer))
             held.append(pair)
         h_RTD = _module(Decoder, self.config, _rest(weights)).final_norm(x_RTD)
         length_B = cache.length_B + valid_R if slots_R is None else cache.length_B.at[slots_R].add(valid_R)
         return h_RTD, KVCache(tuple(k for k, _ in held), tuple(v for _, v in held), length_B)
+
+    def _precision(self) -> AbstractContextManager:
+        """float32 means float32 on every device: by default TPUs and GPUs multiply it in fewer bits."""
+        return jax.default_matmul_precision("highest") if self.dtype == "float32" else nullcontext()
 
     def _embed(self, weights: Weights, tokens_BT: Array) -> jax.Array:
         # Gathered over fsdp first: looked up in parts, every device would hold the rows of all devices for a moment.

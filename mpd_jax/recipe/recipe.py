@@ -79,6 +79,11 @@ def _rewrite_reasons(rewrite: RewriteConfig) -> list[tuple[bool, str]]:
             "leave it at drop, or set how to compress or truncate",
         ),
         (
+            rewrite.grader != "rules" and "correct" not in rewrite.keep,
+            f"recipe.rewrite.grader: {rewrite.grader!r} judges the rule 'correct', and recipe.rewrite.keep does not "
+            "name it; add correct to keep, or leave grader at rules",
+        ),
+        (
             len(set(rewrite.keep)) < len(rewrite.keep),
             f"recipe.rewrite.keep: {list(rewrite.keep)} names a rule twice; name each once",
         ),
@@ -116,6 +121,11 @@ def _target_reasons(recipe: Recipe) -> list[tuple[bool, str]]:
             none and recipe.write.by == "student" and recipe.rewrite.how == "nobody",
             "recipe.write.by: 'student' with recipe.rewrite.how=nobody and recipe.target.weights=none would train the "
             "student on its own words; let another model write or rewrite, or name a target",
+        ),
+        (
+            none and recipe.write.by == "student" and recipe.rewrite.fallback == "original",
+            "recipe.rewrite.fallback: 'original' with recipe.write.by=student and recipe.target.weights=none would "
+            "train the student on its own words; set fallback=drop, or name a target",
         ),
         (
             kind != "cross_entropy" and none,

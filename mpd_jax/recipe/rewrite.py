@@ -36,6 +36,7 @@ class RewriteConfig:
     whatever the `rewriter` section names.
 
     keep:           rules a rewrite must pass; none is MPD's own setting.
+    grader:         who judges the rule `correct`.
     fallback:       what a rewrite that fails becomes: dropped, or its original.
     truncate_to:    reasoning tokens that truncate leaves.
     truncate_ratio: the same as a share of the original's reasoning tokens.
@@ -44,6 +45,7 @@ class RewriteConfig:
     how: Literal["nobody", "compress", "truncate"] = "nobody"
     by: Literal["teacher", "student"] = "teacher"
     keep: tuple[Keep, ...] = ()
+    grader: Literal["rules", "math_verify"] = "rules"
     fallback: Literal["drop", "original"] = "drop"
     truncate_to: int | None = None
     truncate_ratio: float | None = None
@@ -67,6 +69,16 @@ class Nobody:
 
 def rules_correct(answer_text: str, reference: str) -> bool:
     return grade.grade(answer_text, reference).correct
+
+
+def reference(problem: Problem) -> str:
+    """The reference answer that the keep rule `correct` needs; UserError where there is none."""
+    if problem.answer is None:
+        raise UserError(
+            f"recipe.rewrite.keep: 'correct' needs reference answers, and problem {problem.id!r} has none; name "
+            "their column in problems.columns.answer, or take 'correct' out of recipe.rewrite.keep"
+        )
+    return problem.answer
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,7 @@ class Judge:
             return LONGER
         if "same_answer" in self.keep and not grade.same_answer(old, new):
             return ANSWER_CHANGED
-        if "correct" in self.keep and not self.correct(new, self._reference(problem)):
+        if "correct" in self.keep and not self.correct(new, reference(problem)):
             return WRONG
         return KEPT
 
@@ -107,14 +119,6 @@ class Judge:
             return replace(rewrite, dropped=True)
         assert rewrite.original is not None, "a rewrite without its original"
         return replace(rewrite.original, verdict=rewrite.verdict)
-
-    def _reference(self, problem: Problem) -> str:
-        if problem.answer is None:
-            raise UserError(
-                f"recipe.rewrite.keep: 'correct' needs reference answers, and problem {problem.id!r} has none; name "
-                "their column in problems.columns.answer, or take 'correct' out of recipe.rewrite.keep"
-            )
-        return problem.answer
 
 
 @dataclass(frozen=True)

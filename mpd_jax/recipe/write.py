@@ -85,6 +85,16 @@ def respelt(source: Chat, student: Chat, response: Sequence[int], ended: str) ->
     return student.assemble_cut(reasoning, answer), "cut"
 
 
+def worked_response(problem: Problem) -> str:
+    """The response that the dataset holds; UserError where it holds none."""
+    if not (problem.response or "").strip():
+        raise UserError(
+            f"recipe.write.by=dataset: problem {problem.id!r} has no response; name the column of worked responses "
+            "in problems.columns.response, or let a model write"
+        )
+    return problem.response or ""
+
+
 @dataclass(frozen=True)
 class DatasetWriter:
     """The problem's own worked response, as the student's template writes it.
@@ -100,12 +110,7 @@ class DatasetWriter:
         return [self._trajectory(problem) for problem in problems]
 
     def _trajectory(self, problem: Problem) -> Trajectory:
-        if not (problem.response or "").strip():
-            raise UserError(
-                f"recipe.write.by=dataset: problem {problem.id!r} has no response; name the column of worked responses "
-                "in problems.columns.response, or let a model write"
-            )
-        text = problem.response or ""
+        text = worked_response(problem)
         before, tag, after = text.partition(CLOSE)
         reasoning, answer = (before.replace(OPEN, "", 1), after) if tag else ("", text)
         chat = self.chat_student

@@ -77,11 +77,15 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """What the compiled programs are specialised to, besides shapes. `layout`: the sharding of every device array."""
+    """What the compiled programs are specialised to, besides shapes. `layout`: the sharding of every device array.
+
+    spread: slots lie on several devices; then prompts enter the cache where it lies, with every slot taking part.
+    """
 
     model: Model
     vocab_size: int
     layout: Slots
+    spread: bool
 
 
 @partial(jax.jit, static_argnames=("program",), donate_argnames=("slots",))
@@ -92,7 +96,11 @@ def _prefill(weights: Any, slots: Slots, chunk: Chunk, *, program: Program) -> S
     first_C = jnp.where(chunk.first_C, chunk.slot_C, nobody)
     last_C = jnp.where(chunk.last_C, chunk.slot_C, nobody)
     cache = cache._replace(length_B=cache.length_B.at[first_C].set(0, mode="drop"))
-    _, cache = program.model.decode(weights, chunk.tokens_CT, cache, chunk.slot_C, chunk.valid_C)
+    rows = chunk.tokens_CT, chunk.slot_C, chunk.valid_C
+    if program.spread:  # rows picked out of a cache that is split would be sent to every device
+        tokens_BT, valid_B = (jnp.zeros((nobody, *x.shape[1:]), x.dtype).at[rows[1]].set(x) for x in rows[::2])
+        rows = tokens_BT, None, valid_B
+    _, cache = program.model.decode(weights, rows[0], cache, rows[1], rows[2])
     slots = slots._replace(
         cache=cache,
         token_B=slots.token_B.at[last_C].set(chunk.token_C, mode="drop"),
@@ -108,10 +116,8 @@ def _token(weights: Any, slots: Slots, settings: Settings, program: Program, tru
     h_B1D, cache = program.model.decode(
         weights, slots.token_B[:, None], slots.cache, None, slots.active_B.astype(jnp.int32)
     )
-    h_BD = h_B1D[:, 0]
-    head_VD = program.model.head(weights).astype(h_BD.dtype)
-    logits_BV = jnp.einsum("bd,vd->bv", h_BD, head_VD, preferred_element_type=jnp.float32)
-    real_V = jnp.arange(head_VD.shape[0]) < program.vocab_size
+    logits_BV = program.model.project(weights, h_B1D[:, 0])
+    real_V = jnp.arange(logits_BV.shape[1]) < program.vocab_size
     logits_BV = jnp.where(real_V[None, :], logits_BV, -jnp.inf)
     token_B = draw(
         logits_BV,
@@ -171,10 +177,10 @@ def _take(slots: Slots, slot_C: Array) -> tuple[Array, Array]:
     return slots.ids_BR[slot_C], slots.logprob_BR[slot_C]
 
 
-def _cast(weights: Any, dtype: Any) -> Any:
+def _decode_copy(weights: Any, model: Model, dtype: Any) -> Any:
     TRACES["load"] += 1
     # A copy even where nothing changes: the trainer donates its own buffers at the next step.
-    return jax.tree.map(lambda x: jnp.array(x, dtype=dtype, copy=True), weights)
+    return jax.tree.map(lambda x: jnp.array(x, dtype=dtype, copy=True), model.by_layer(weights))
 
 
 @dataclass
@@ -219,9 +225,11 @@ class JaxSampler:
         self.version = -1
         self.stats = Stats()
         self._weights: Any = None
-        layout = tree_shardings(mesh, model.logical_axes(), model.abstract(), "decode")
-        self._reshard = jax.jit(partial(_cast, dtype=self.dtype), out_shardings=layout)
-        self._program = Program(model, vocab_size, self._layout())
+        shapes = jax.eval_shape(model.by_layer, model.abstract())
+        layout = tree_shardings(mesh, model.by_layer_axes(), shapes, "decode")
+        self._reshard = jax.jit(partial(_decode_copy, model=model, dtype=self.dtype), out_shardings=layout)
+        spread = mesh.shape["data"] * mesh.shape["fsdp"] > 1
+        self._program = Program(model, vocab_size, self._layout(), spread)
         self._empty = jax.jit(self._new_slots, out_shardings=self._program.layout)
 
     def load(self, weights: Any, version: int) -> None:
@@ -229,6 +237,11 @@ class JaxSampler:
         with jax.set_mesh(self.mesh):
             self._weights = self._reshard(weights)
         self.version = version
+
+    def share(self, other: "JaxSampler") -> None:
+        """Samples with the weights that another sampler of the same model and mesh has loaded: one copy serves both."""
+        assert (other.model, other.mesh, other.dtype) == (self.model, self.mesh, self.dtype), "unlike samplers"
+        self._weights, self.version = other._weights, other.version
 
     def sample(
         self,

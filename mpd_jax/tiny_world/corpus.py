@@ -106,7 +106,7 @@ def draw_draft(rng: random.Random, story: g.Story) -> tuple[str, g.Plan]:
         plan, repaired = replace(plan, steps=tuple(steps)), False
     elif kind >= 0.75:
         misread = corrupt(rng, story)
-        if all(0 < value < 100 for value in misread.values):
+        if all(0 < value < 100 for value in misread.values) and not misread.heldout:
             told = misread
     trace, answer = g.render(told, plan, repaired=repaired)
     if rng.random() < 0.06:

@@ -164,6 +164,7 @@ class _Run:
         path = self.parts.run_dir / f"failed_step_{step:06d}.npz"
         ids = [problem.id for problem in problems]
         save_batch(path, batch, ids)
+        self.parts.records.forget_after(step)
         raise TrainingFailure(
             f"step {step}: the loss or its gradient is not finite (loss {row['loss']}, gradient norm "
             f"{row['grad_norm']}) on problems {', '.join(ids)}; the weights were left as they were, the batch is in "

@@ -83,6 +83,12 @@ class Records:
         if stage == "final":
             self.path(step, "written").unlink(missing_ok=True)
 
+    def forget_after(self, step: int) -> None:
+        """Removes the trajectories of later steps: they were sampled from weights that the run will not have."""
+        for path in self.directory.glob("step_*.jsonl"):
+            if int(path.name[len("step_") :].split(".")[0]) > step:
+                path.unlink()
+
     def load(self, step: int, problems: Sequence[Problem], stage: str = "final") -> list[Trajectory] | None:
         """The trajectories of a step, or None when it has none on disk. Those of another run are refused."""
         path = self.path(step, stage)

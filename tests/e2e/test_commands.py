@@ -128,7 +128,7 @@ def test_a_mistake_gives_one_message_and_exit_code_2(words, said, capsys, tmp_pa
 
 
 def test_mismatched_tokenizers_are_refused(tmp_path, capsys):
-    from mpd_jax.build import TINY
+    from mpd_jax.roles import TINY
 
     other = tmp_path / "other"
     other.mkdir()

@@ -1,17 +1,23 @@
 """Tiny random models of transformers, and their logits and greedy tokens as recorded for machines without torch.
 
-`python tests/parity/record.py` writes recorded/*.npz again: the config, the weights as bfloat16 bits, and what
-transformers computes from them in float32.
+`python tests/parity/record.py` writes recorded/*.npz again, a file a family: of every case the config and the tensors'
+shapes as transformers saves them, and what it computes in float32. The weights are drawn again from their names. torch
+and transformers are imported where a model is built, so that the tests without torch read the cases from here.
 """
 
 import json
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
-import torch
-import transformers
+from safetensors.numpy import load_file
 
 RECORDED = Path(__file__).parent / "recorded"
+POSITIONS = (0, 1, 7, 19, 39)  # whose logits are recorded
+PROMPT, NEW = 10, 12  # tokens before and in the recorded greedy continuation
 SHARED = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -25,11 +31,7 @@ SHARED = {
     "eos_token_id": 63,
     "pad_token_id": 63,
 }
-CLASSES = {
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 8}),
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
-}
+FAMILIES = {"qwen3": ("Qwen3", {"head_dim": 8}), "qwen2": ("Qwen2", {}), "llama": ("Llama", {})}
 THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}
 LLAMA3 = {
     "rope_parameters": {
@@ -56,54 +58,79 @@ MOVED = {
     "mlp_bias": {"mlp_bias": True},
 }
 ONLY = {"attention_bias": ("qwen3", "llama"), "mlp_bias": ("llama",)}
-CASES = [(family, moved) for moved in MOVED for family in CLASSES if family in ONLY.get(moved, CLASSES)]
+CASES = [(family, moved) for moved in MOVED for family in FAMILIES if family in ONLY.get(moved, FAMILIES)]
 KEPT = {"qwen3": {"head_dim": 16}, "qwen2": {"tie_word_embeddings": True}, "llama": {**LLAMA3, "mlp_bias": True}}
 
 
-def build(family: str, changes: dict, seed: int = 0) -> torch.nn.Module:
-    """A float32 model whose every parameter matters: no norm is one, no bias zero. Values are bfloat16's."""
-    config_class, model_class, own = CLASSES[family]
-    torch.manual_seed(seed)
-    model = model_class(config_class(**SHARED | own | changes)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            mean, spread = (1.0, 0.3) if "norm" in name else (0.0, 0.3 if parameter.ndim == 1 else 0.2)
-            parameter.normal_(mean, spread).copy_(parameter.to(torch.bfloat16).float())
-    return model
+def draw(name: str, shape: Sequence[int]) -> np.ndarray:
+    """Float32 values of a tensor of transformers. Every parameter matters: no norm is one, no bias zero."""
+    random = np.random.RandomState(zlib.crc32(name.encode()))  # its stream is frozen, that of default_rng is not
+    mean, spread = (1.0, 0.3) if "norm" in name else (0.0, 0.3 if len(shape) == 1 else 0.2)
+    return random.normal(mean, spread, shape).astype(np.float32)
 
 
 def tokens(rows: int = 2, length: int = 40) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 63, (rows, length), dtype=np.int32)
+    return np.random.RandomState(0).randint(0, 63, (rows, length), dtype=np.int32)
 
 
-@torch.no_grad()
-def logits(model: torch.nn.Module, tokens_BT: np.ndarray) -> np.ndarray:
-    return model(torch.as_tensor(tokens_BT, dtype=torch.long)).logits.float().numpy()
+def build(family: str, changes: dict) -> Any:
+    """A float32 model of transformers with the weights of `draw`."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)  # at this size threads only wait for each other
+    name, own = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**SHARED | own | changes)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(draw(name, parameter.shape)))
+    return model
 
 
-def greedy(model: torch.nn.Module, prompt_BT: np.ndarray, new: int) -> np.ndarray:
+def logits(model: Any, tokens_BT: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.as_tensor(tokens_BT, dtype=torch.long)).logits.float().numpy()
+
+
+def greedy(model: Any, prompt_BT: np.ndarray, new: int) -> np.ndarray:
     """The greedy continuation [B, new] by transformers' own loop, EOS taken for a token as any other."""
+    import torch
+
     model.generation_config.eos_token_id = None
     ids = torch.as_tensor(prompt_BT, dtype=torch.long)
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new)
     return out[:, prompt_BT.shape[1] :].numpy().astype(np.int32)
 
 
+def computed(model: Any) -> dict[str, np.ndarray]:
+    """What is recorded of a model: logits [B, positions, V] and greedy tokens [B, NEW]."""
+    tokens_BT = tokens()
+    return {
+        "logits": logits(model, tokens_BT)[:, POSITIONS],
+        "greedy": greedy(model, tokens_BT[:, :PROMPT], NEW),
+    }
+
+
+def saved(model: Any) -> dict[str, str]:
+    """The config and the shape of every tensor, in JSON, of the directory that transformers writes."""
+    with TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        config = (Path(directory) / "config.json").read_text()
+        tensors = load_file(Path(directory) / "model.safetensors")
+    return {"config": config, "shapes": json.dumps({name: tensor.shape for name, tensor in tensors.items()})}
+
+
 def main() -> None:
     RECORDED.mkdir(exist_ok=True)
-    for family, changes in KEPT.items():
-        model, tokens_BT = build(family, changes, seed=1), tokens()
-        tied = "lm_head.weight" if model.config.tie_word_embeddings else None
-        bits = {f"w.{k}": v.bfloat16().view(torch.uint16).numpy() for k, v in model.state_dict().items() if k != tied}
-        config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-        np.savez_compressed(
-            RECORDED / f"{family}.npz",
-            config=json.dumps(config),
-            tokens=tokens_BT,
-            logits=logits(model, tokens_BT),
-            greedy=greedy(model, tokens_BT[:, :10], 12),
-            **bits,
-        )
+    for family in FAMILIES:
+        held = {}
+        for moved in (moved for of, moved in CASES if of == family):
+            model = build(family, MOVED[moved])
+            held |= {f"{moved}.{name}": value for name, value in (saved(model) | computed(model)).items()}
+        np.savez_compressed(RECORDED / f"{family}.npz", **held)
 
 
 if __name__ == "__main__":

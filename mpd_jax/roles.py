@@ -1,0 +1,146 @@
+"""The models of a run by the parts they play: their files, whether they fit together, and their samplers.
+
+Not here: weights that train (train/state.py), and what a recipe makes of the roles (build.py).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mpd_jax.config import RunConfig
+from mpd_jax.data.chat import Chat, Contexts, require_same_prompts, require_same_vocabulary
+from mpd_jax.models.config import ModelSpec
+from mpd_jax.models.decoder import Model
+from mpd_jax.models.hf_weights import eos_ids, load_config, load_weights
+from mpd_jax.models.locate import locate
+from mpd_jax.recipe.recipe import Recipe
+from mpd_jax.sampling.jax_sampler import JaxSampler
+from mpd_jax.types import UserError
+
+TINY = Path(__file__).parent / "tiny_world"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's directory and what is read from it without its weights."""
+
+    key: str
+    directory: Path
+    model: Model
+    chat: Chat
+    eos_ids: frozenset[int]
+    param_dtype: str
+
+    def weights(self, mesh: Mesh) -> Any:
+        return load_weights(self.directory, self.model, mesh, self.param_dtype)
+
+
+def open_model(key: str, spec: ModelSpec, contexts: Contexts) -> ModelFiles:
+    """The files of a config section `key` (student, teacher, rewriter). Errors name the section."""
+    kind, _, name = spec.path.partition(":")
+    if kind == "tiny" and name not in ("student", "teacher"):
+        raise UserError(
+            f"{key}.path: {spec.path!r} is not allowed; tiny:student and tiny:teacher ship with the package"
+        )
+    try:
+        directory = TINY / name if kind == "tiny" else locate(spec.path, spec.revision)
+        stops = eos_ids(directory)
+        model = Model(load_config(directory), spec.dtype, spec.remat)
+        chat = Chat(directory, stops, spec.thinking, contexts)
+    except UserError as error:
+        raise UserError(f"{key}.path: {error}") from None
+    if chat.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{key}.path: {spec.path} has a tokenizer of {chat.vocab_size} ids for a model of "
+            f"{model.config.vocab_size}; the directory mixes two models' files"
+        )
+    return ModelFiles(key, directory, model, chat, stops, spec.param_dtype)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The models of a run by role; the same object where one model plays several. None: nobody needs it."""
+
+    student: ModelFiles
+    teacher: ModelFiles | None
+    rewriter: ModelFiles | None
+
+    def target(self, recipe: Recipe) -> ModelFiles | None:
+        """The files whose model reads as the target."""
+        if recipe.target.weights == "none":
+            return None
+        return self.teacher if recipe.target.weights == "teacher" else self.student
+
+
+def open_roles(config: RunConfig) -> Roles:
+    """Step 2: the files of every role that the recipe needs, refused unless they fit together."""
+    recipe = config.recipe
+    contexts = recipe.contexts
+    student = open_model("student", config.student, contexts)
+    compress, teacher = recipe.rewrite.how == "compress", None
+    teacher_rewrites = compress and recipe.rewrite.by == "teacher" and config.rewriter is None
+    if config.teacher and (recipe.write.by == "teacher" or recipe.target.weights == "teacher" or teacher_rewrites):
+        teacher = open_model("teacher", config.teacher, contexts)
+    rewriter = None
+    if compress:
+        named = open_model("rewriter", config.rewriter, contexts) if config.rewriter else teacher
+        rewriter = student if recipe.rewrite.by == "student" else named
+    if recipe.rewrite.how == "truncate" and not student.chat.thinks:
+        raise UserError(
+            "recipe.rewrite.how: truncate cuts the thinking span, and the student's template has none "
+            "(student.thinking); set student.thinking=true or rewrite otherwise"
+        )
+    if recipe.target.weights != "none":  # else only text travels
+        if teacher is not None:
+            require_same_prompts(student.chat, teacher.chat, teacher.key)
+            _require_known_end(student, teacher)
+        if rewriter is not None:
+            require_same_vocabulary(student.chat, rewriter.chat, rewriter.key)
+    if student.param_dtype != "float32":
+        raise UserError(
+            f"student.param_dtype: {student.param_dtype} is not allowed, for it rounds most updates away; leave it at "
+            "float32 and set student.dtype for the computation"
+        )
+    return Roles(student, teacher, rewriter)
+
+
+def _require_known_end(student: ModelFiles, teacher: ModelFiles) -> None:
+    """A student that is pulled to an end at which its own sampler does not stop writes on and on."""
+    end = teacher.chat.end[-1]
+    if end not in student.eos_ids:
+        raise UserError(
+            f"teacher.path: its responses end with id {end} ({teacher.chat.decode((end, end))!r}), and the student "
+            f"stops at {sorted(student.eos_ids)} only; add {end} to eos_token_id in the student's "
+            "generation_config.json"
+        )
+
+
+def make_sampler(files: ModelFiles, config: RunConfig, mesh: Mesh, prompt: int, response: int) -> JaxSampler:
+    """A sampler of this model for prompts and responses of these lengths, in tokens."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.sampling.slots % shards:
+        raise UserError(
+            f"sampling.slots: {config.sampling.slots} slots do not divide over mesh.data x mesh.fsdp = {shards} "
+            f"devices; choose a multiple of {shards}"
+        )
+    window = files.model.config.max_position_embeddings
+    if prompt + response > window:
+        raise UserError(
+            f"{files.key}: prompts of {prompt} and responses of {response} tokens exceed the model's window of "
+            f"{window}; lower sampling.prompt_tokens, sampling.writer.max_tokens or the role's max_tokens"
+        )
+    return JaxSampler(
+        files.model,
+        mesh,
+        files.eos_ids,
+        slots=config.sampling.slots,
+        prompt_length=prompt,
+        max_length=prompt + response,
+        prefill_chunk=config.sampling.prefill_chunk,
+        prefill_rows=config.sampling.prefill_rows,
+        vocab_size=files.chat.vocab_size,
+        dtype=jnp.dtype(files.model.dtype),
+    )

@@ -1,0 +1,185 @@
+"""What is done with a trained run or any other model: evaluate it, sample from it, export it."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from mpd_jax import build, config
+from mpd_jax.config import RunConfig
+from mpd_jax.eval import evaluate as evaluation
+from mpd_jax.models.hf_weights import export as export_weights
+from mpd_jax.roles import make_sampler, open_model
+from mpd_jax.run import BASE, CONCISE, TRAINED
+from mpd_jax.sampling.sampler import Request, SamplingConfig, request_key
+from mpd_jax.screen import Screen
+from mpd_jax.types import Problem, UserError
+
+
+def evaluate(
+    source: str, config_path: Path | None, overrides: Sequence[str], regrade: str | None, out: Path | None
+) -> None:
+    """`mpd-jax eval`: a run's student before and after, or another model, or stored samples under another grader.
+
+    A weight tree of None stands for the one before it: it is loaded already.
+    """
+    run_dir = Path(source)
+    is_run = (run_dir / "config.yaml").is_file()
+    if regrade and not is_run:
+        raise UserError(f"--regrade: {source} is no run directory (it holds no config.yaml), so it stores no samples")
+    if regrade:
+        _regrade(run_dir, regrade)
+        return
+    if is_run:
+        settings = config.load(config_path or run_dir / "config.yaml", overrides)
+        files, state, mesh = build.restored_student(config.load(run_dir / "config.yaml"), run_dir)
+        asked = [(BASE, files.weights(mesh), "plain"), (CONCISE, None, "concise")]
+        asked.append((f"{TRAINED}, step {state.step}", state.weights, "plain"))
+    else:
+        settings = _model_settings(source, config_path, overrides)
+        files = open_model("student", settings.student, settings.recipe.contexts)
+        mesh = build.make_mesh(settings.mesh)
+        asked = [(source, files.weights(mesh), "plain"), (f"{source}, {CONCISE}", None, "concise")]
+    problems = build.read_problems(settings.problems, "heldout")
+    sampler = make_sampler(files, settings, mesh, settings.sampling.prompt_tokens, settings.eval.max_tokens)
+    screen, rows = Screen(), []
+    for label, weights, context in asked:
+        if weights is not None:
+            sampler.load(weights, 0)
+        if context == "concise" and not settings.eval.concise_row:
+            continue
+        with screen.bar(f"evaluating {label}", evaluation.count(problems, settings.eval)) as advance:
+            rows += evaluation.evaluate(
+                label,
+                sampler,
+                files.chat,
+                problems,
+                settings.eval,
+                seed=settings.run.seed,
+                context=context,
+                out_path=out / f"{label.replace('/', '_')}.jsonl" if out else None,
+                progress=advance,
+            )
+    Console().print(evaluation.table(rows))
+
+
+def _regrade(run_dir: Path, grader: str) -> None:
+    stored = sorted((run_dir / "evaluations").glob("*.jsonl"))
+    if not stored:
+        raise UserError(f"--regrade: {run_dir}/evaluations holds no samples; run `mpd-jax eval {run_dir}` first")
+    out = run_dir / "evaluations" / f"regraded_{grader}"
+    rows = [row for path in stored for row in evaluation.regrade(path, grader, out / path.name)]
+    Console().print(evaluation.table(rows))
+
+
+def _model_settings(source: str, config_path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Settings for a model that belongs to no run: those of a config, or the defaults."""
+    if config_path:
+        tree = config.read_yaml(config_path)
+        return config.resolve(
+            {**tree, "student": {**(tree.get("student") or {}), "path": source, "revision": None}}, overrides
+        )
+    tiny = source.startswith("tiny:")
+    recipe = {
+        "write": {"by": "dataset"},
+        "rewrite": {},
+        "target": {"weights": "none"},
+        "loss": {"kind": "cross_entropy"},
+        "contexts": build.tiny_contexts() if tiny else {},
+    }
+    tree = {"run": {"dir": "."}, "recipe": recipe, "student": {"path": source}}
+    if tiny:
+        tree |= {"eval": {"max_tokens": 256}, "sampling": {"prompt_tokens": 96, "prefill_chunk": 64}}
+    return config.resolve(tree, overrides)
+
+
+def sample(source: str, prompt: str | None, temperature: float, max_tokens: int, seed: int, as_json: bool) -> None:
+    """`mpd-jax sample`: one problem given, or problems typed one by one."""
+    if as_json and prompt is None:
+        raise UserError("--json: needs --prompt; without it problems are typed one by one")
+    sampling = SamplingConfig(temperature=temperature, max_tokens=max_tokens)
+    answerer = _Answerer(source, sampling)
+    if prompt is not None:
+        answerer.answer(prompt, seed, as_json)
+        return
+    print("Type a problem, then Enter; an empty line ends.", file=sys.stderr)
+    while line := _typed():
+        try:
+            answerer.answer(line, seed, as_json)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _typed() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+class _Answerer:
+    """A model on the devices, ready for prompts of up to 512 tokens."""
+
+    def __init__(self, source: str, sampling: SamplingConfig):
+        run_dir = Path(source)
+        if (run_dir / "config.yaml").is_file():
+            settings = config.load(run_dir / "config.yaml")
+            self.files, state, mesh = build.restored_student(settings, run_dir)
+            weights = state.weights
+        else:
+            settings = _model_settings(source, None)
+            self.files = open_model("student", settings.student, settings.recipe.contexts)
+            mesh = build.make_mesh(settings.mesh)
+            weights = self.files.weights(mesh)
+        window = self.files.model.config.max_position_embeddings
+        if sampling.max_tokens >= window:
+            raise UserError(f"--max-tokens: {sampling.max_tokens} does not fit the model's window of {window} tokens")
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        one = dataclasses.replace(settings.sampling, slots=rows, prefill_rows=1)
+        settings = dataclasses.replace(settings, sampling=one)
+        length = min(512, window - sampling.max_tokens)
+        self.sampling = sampling
+        self.sampler = make_sampler(self.files, settings, mesh, length, sampling.max_tokens)
+        self.sampler.load(weights, 0)
+
+    def answer(self, question: str, seed: int, as_json: bool) -> None:
+        chat = self.files.chat
+        prompt = chat.prompt("plain", Problem("typed", question))
+        request = Request(prompt, request_key(seed, "sample", 0, question, 0))
+        if as_json:
+            response = self.sampler.sample([request], self.sampling)[0]
+            print(
+                json.dumps(
+                    {
+                        "prompt_ids": list(prompt),
+                        "response_ids": list(response.ids),
+                        "logprobs": list(response.logprobs),
+                        "text": chat.decode(response.ids),
+                        "finish_reason": "stop" if response.ended == "stopped" else "length",
+                    }
+                )
+            )
+            return
+        ids: list[int] = []
+        shown = ""
+        for token in self.sampler.stream(request, self.sampling):
+            ids.append(token)
+            text = chat.decode(ids)
+            # A character may be spread over tokens; until it is whole it decodes to a replacement character.
+            if text.startswith(shown) and not text.endswith("\ufffd"):
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        print(f"\n[{len(ids)} tokens]", flush=True)
+
+
+def export(source: Path, out: Path, dtype: str) -> None:
+    """`mpd-jax export`."""
+    if not (source / "config.yaml").is_file():
+        raise UserError(f"{source}: no run directory (it holds no config.yaml); give the run.dir of a training run")
+    settings = config.load(source / "config.yaml")
+    files, state, _ = build.restored_student(settings, source)
+    export_weights(out, files.directory, files.model, state.weights, dtype=dtype)
+    Screen().say(f"wrote {out} ({dtype})")

@@ -1,0 +1,65 @@
+"""What commands do around the loop: which changes make another run, and which old measurements are kept."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from mpd_jax import config
+from mpd_jax.run import Judged, locked, refuse_another_run
+from mpd_jax.types import UserError
+from tests.e2e.tiny import QUICKSTART
+
+
+def run_of(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").write_text(config.to_yaml(config.load(QUICKSTART)))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "override", ["train.learning_rate=1.0e-4", "mesh.fsdp=1", "eval.problems=3", "sampling.slots=8", "train.steps=40"]
+)
+def test_what_may_change_between_two_starts_of_a_run(tmp_path, override):
+    refuse_another_run(run_of(tmp_path), config.load(QUICKSTART, [override]))
+
+
+@pytest.mark.parametrize(
+    "override", ["run.seed=1", "recipe.loss.kind=forward_kl", "train.batch_size=8", "train.eps=0.1"]
+)
+def test_what_would_make_it_another_run_is_refused_with_both_values(tmp_path, override):
+    key, _, value = override.partition("=")
+    with pytest.raises(UserError, match=rf"run.dir: .*{key} = '?{value}'?, and .* there"):
+        refuse_another_run(run_of(tmp_path), config.load(QUICKSTART, [override]))
+
+
+def test_the_number_of_steps_may_not_change_where_the_rate_depends_on_it(tmp_path):
+    settings = config.load(QUICKSTART, ["train.schedule=cosine"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml(settings))
+    with pytest.raises(UserError, match=r"train.steps = 40, and 24 there"):
+        refuse_another_run(tmp_path, config.load(QUICKSTART, ["train.schedule=cosine", "train.steps=40"]))
+
+
+def test_a_run_directory_has_one_trainer(tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match="is being trained by another process"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_a_resumed_run_forgets_what_was_measured_of_steps_it_has_not_reached(tmp_path):
+    directory = tmp_path / "evaluations"
+    directory.mkdir()
+    names = ["base", "prompt-only concise", "step 5", "step 10", "trained, step 10", "trained, step 20"]
+    for name in names:
+        for suffix in (".jsonl", ".json"):
+            (directory / f"{name}{suffix}").write_text(json.dumps({}))
+    run = SimpleNamespace(parts=SimpleNamespace(run_dir=tmp_path))
+    Judged(cast(Any, run), cast(Any, None)).forget_after(10)
+    left = {path.stem for path in directory.iterdir()}
+    assert left == set(names) - {"trained, step 20"}
+    Judged(cast(Any, run), cast(Any, None)).forget_after(0)
+    assert {path.name for path in directory.iterdir()} == {
+        f"{name}{suffix}" for name in names[:2] for suffix in (".jsonl", ".json")
+    }
