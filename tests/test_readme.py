@@ -1,6 +1,8 @@
 """The README's commands, its method table and its file map stay true."""
 
 import ast
+import itertools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -107,3 +109,20 @@ def test_the_python_block_of_the_readme_trains():
     exec(compile(block, "README.md", "exec"), names)
     values = names["values"]
     assert values[-1] < values[0] - 0.5
+
+
+def test_the_figures_of_the_tiny_world_are_the_measured_ones():
+    measured = json.loads((ROOT / "mpd_jax" / "tiny_world" / "measured.json").read_text())
+    contexts = {"concise, other wording": "concise_b"}
+    rows = re.findall(r"^\| ((?:plain|concise|privileged|compress|repair)[^|]*) \|(.*)\|$", README, re.M)
+    assert len(rows) == 8
+    for label, cells in rows:
+        name, _, thinking = label.partition(", own thinking")
+        wanted = {"context": contexts.get(name, name)}
+        if name in ("compress", "repair"):
+            wanted["thinking"] = bool(thinking)
+        columns = itertools.product(("student", "teacher"), (1.0, 0.6))
+        for (model, temperature), cell in zip(columns, cells.split("|"), strict=True):
+            found = [r for r in measured[model] if {**r, **wanted, "temperature": temperature} == r]
+            said = [f"{r['accuracy']:.3f} / {r.get('mean_tokens_rewritten', r['mean_tokens']):.0f}" for r in found]
+            assert [cell.strip()] == (said or [""]), f"{label}, {model}, T {temperature}"

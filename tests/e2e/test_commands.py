@@ -1,5 +1,6 @@
 """The commands as a person meets them: a small run from start to end, and one clear message for each mistake."""
 
+import itertools
 import json
 import sys
 
@@ -80,6 +81,7 @@ def test_export_sample_and_regrade_use_the_trained_student(run_dir, tmp_path, ca
         (
             "truncation",
             [
+                "recipe.write.by=dataset",
                 "recipe.rewrite={how: truncate, truncate_ratio: 0.5, fallback: original}",
                 "recipe.target={weights: none}",
                 "recipe.loss={kind: cross_entropy, reduction: sum}",
@@ -99,6 +101,22 @@ def test_other_recipes_are_overrides(name, overrides, tmp_path):
     trained = [row for row in rows if row["loss"] is not None]
     assert trained, f"every trajectory of {name} was dropped: {rows}"
     assert all(row["finite"] and row["grad_norm"] > 0 for row in trained)
+
+
+def test_training_brings_the_student_nearer_to_its_target(tmp_path):
+    """The same eight problems and texts at every step, so that nothing but the weights changes."""
+    from mpd_jax import config, run
+    from mpd_jax.tiny_world.generator import train_problems
+
+    lines = [json.dumps(vars(problem)) for problem in train_problems(8, seed=0)]
+    (tmp_path / "eight.jsonl").write_text("\n".join(lines))
+    overrides = [f"problems.train={tmp_path}/eight.jsonl", "recipe.write.by=dataset", "recipe.rewrite={how: nobody}"]
+    overrides += ["train.steps=12", "train.warmup_steps=3", "eval.problems=1", "eval.concise_row=false"]
+    run.train(config.load(QUICKSTART, [*SMALL, *overrides, f"run.dir={tmp_path}/run"]))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    divergence = [row["divergence"] for row in rows]
+    assert divergence[-1] < 0.95 * divergence[0], divergence
+    assert sum(b < a for a, b in itertools.pairwise(divergence)) >= 9, divergence
 
 
 @pytest.mark.parametrize(
