@@ -75,11 +75,12 @@ def train(settings: RunConfig) -> Path:
                 state = loop.train(dataclasses.replace(run.parts, evaluate=judged.between), state)
             else:
                 screen.say(f"all {steps} steps are done; raise train.steps to go on")
-            rows = with_truncation(run_dir, [*before, *judged.trained(state)])
+            measured = [*before, *judged.trained(state)]
+            rows = with_truncation(run_dir, measured)
         record_process(run_dir, state.step - start, time.perf_counter() - began)
         summary = summarise(run_dir, settings, rows, judged.seconds)
         write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-        plot_run(read_rows(run_dir / "metrics.jsonl"), judged.curve(rows), run_dir / "curves.png")
+        plot_run(read_rows(run_dir / "metrics.jsonl"), judged.curve(measured), run_dir / "curves.png")
     screen.show(evaluation.table(rows))
     if skipped := state.memory.get("skipped_updates", 0):
         dropped = f"warning: {skipped} of {state.step} updates were skipped, for every trajectory was dropped"

@@ -19,7 +19,7 @@ def run_of(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "override", ["train.learning_rate=1.0e-4", "mesh.fsdp=1", "eval.problems=3", "sampling.slots=8", "train.steps=40"]
+    "override", ["train.learning_rate=1.0e-4", "mesh.fsdp=1", "eval.problems=3", "sampling.slots=8"]
 )
 def test_what_may_change_between_two_starts_of_a_run(tmp_path, override):
     refuse_another_run(run_of(tmp_path), config.load(QUICKSTART, [override]))
@@ -34,11 +34,16 @@ def test_what_would_make_it_another_run_is_refused_with_both_values(tmp_path, ov
         refuse_another_run(run_of(tmp_path), config.load(QUICKSTART, [override]))
 
 
-def test_the_number_of_steps_may_not_change_where_the_rate_depends_on_it(tmp_path):
-    settings = config.load(QUICKSTART, ["train.schedule=cosine"])
-    (tmp_path / "config.yaml").write_text(config.to_yaml(settings))
-    with pytest.raises(UserError, match=r"train.steps = 40, and 24 there"):
-        refuse_another_run(tmp_path, config.load(QUICKSTART, ["train.schedule=cosine", "train.steps=40"]))
+def test_the_number_of_steps_may_change_only_where_the_rate_does_not_depend_on_it(tmp_path):
+    more = {name: [f"train.schedule={name}", "train.steps=60"] for name in ("constant", "cosine")}
+    for name, overrides in more.items():
+        (tmp_path / "config.yaml").write_text(config.to_yaml(config.load(QUICKSTART, overrides[:1])))
+        longer = config.load(QUICKSTART, overrides)
+        if name == "constant":
+            refuse_another_run(tmp_path, longer)
+            continue
+        with pytest.raises(UserError, match=r"train.steps = 60, and 48 there"):
+            refuse_another_run(tmp_path, longer)
 
 
 def test_a_run_directory_has_one_trainer(tmp_path):

@@ -385,13 +385,13 @@ def _cut(s: Sample, budget: float) -> Sample:
 
 
 def table(rows: Sequence[EvalRow]) -> Table:
-    """Two lines a row, 80 columns in all. Differences are against the first row of the same temperature, paired."""
+    """Two or three lines a row, 80 columns in all. Differences are against the first row of the same temperature, paired."""
     said = {f"{row.n} problems x {row.samples_per_problem}, graded by {row.grader}" for row in rows}
     result = Table(
         title="Held-out problems, 95 % intervals", caption="; ".join(sorted(said)), box=SIMPLE_HEAD, pad_edge=False
     )
     result.add_column("model")
-    for column in ("accuracy, %", "vs first", "tokens", "saved", "done/cut/\nno answer"):
+    for column in ("accuracy, %", "vs first", "tokens", "done/cut/\nno answer"):
         result.add_column(column, justify="right", no_wrap=True)
     firsts: dict[float, EvalRow] = {}
     for row in rows:
@@ -399,13 +399,13 @@ def table(rows: Sequence[EvalRow]) -> Table:
         paired = row is not first and set(row.problem_ids) == set(first.problem_ids)
         accuracy = 100 * np.array([row.accuracy, *row.accuracy_ci])
         change = 100 * np.array(paired_difference(first, row)) if paired else ()
+        less = f" ({row.mean_tokens / first.mean_tokens - 1:+.0%})" if row is not first else ""
         how = f"T = {row.temperature:g}" if row.temperature else "greedy"
         result.add_row(
             f"{row.name}\n{how}" + (f", {row.grader}" if len({r.grader for r in rows}) > 1 else ""),
             "{:.1f}\n[{:.1f}, {:.1f}]".format(*accuracy),
             "{:+.1f}\n[{:+.1f}, {:+.1f}]".format(*change) if paired else "",
-            "{:.1f}\n[{:.1f}, {:.1f}]".format(row.mean_tokens, *row.mean_tokens_ci),
-            f"{1 - row.mean_tokens / first.mean_tokens:.0%}" if row is not first else "",
+            f"{row.mean_tokens:.1f}{less}\n" + "[{:.1f}, {:.1f}]".format(*row.mean_tokens_ci),
             "/".join(f"{100 * x:.0f}" for x in (row.share_finished, row.share_truncated, row.share_unparseable)) + "%",
         )
     return result

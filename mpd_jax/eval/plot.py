@@ -32,6 +32,7 @@ def plot_run(
     """
     eval_rows = [(step, row) for step, row in eval_rows if row.temperature == eval_rows[0][1].temperature]
     curve = sorted(((step, row) for step, row in eval_rows if row.context == "plain"), key=lambda pair: pair[0])
+    assert len({step for step, _ in curve}) == len(curve), "two curves in one"
     levels = [row for _, row in eval_rows if row.context != "plain"]
     figure = Figure(figsize=(8, 6.4), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
