@@ -220,7 +220,10 @@ def abstract_state(config: RunConfig, student: ModelFiles, mesh: Mesh) -> RunSta
 
 def restored_student(config: RunConfig, run_dir: Path) -> tuple[ModelFiles, RunState, Mesh]:
     """The student of a run at its newest checkpoint, on whatever devices are here. Changes nothing in the run."""
-    mesh = make_mesh(MeshConfig())
+    try:
+        mesh = make_mesh(config.mesh)
+    except UserError:  # it was trained on other devices than are here
+        mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
     files = open_model("student", config.student, config.recipe.contexts)
     checkpoints = Checkpoints(run_dir, config.train.keep, read_only=True)
     try:

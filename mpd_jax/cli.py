@@ -42,6 +42,10 @@ USERS = (
     errno.EEXIST,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EFBIG,
+    errno.EIO,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of text.")]

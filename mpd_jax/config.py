@@ -32,7 +32,7 @@ class RunSection:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if "://" in self.dir or not self.dir.strip():
+        if "://" in self.dir or not self.dir.strip() or not self.dir.isprintable():
             raise UserError(
                 f"run.dir: {self.dir!r} is not allowed; give a directory on this machine (a bucket: mounted)"
             )
@@ -110,7 +110,9 @@ def read_yaml(path: str | Path) -> dict:
     try:
         with path.open() as file:
             tree = yaml.load(file, _UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"config {path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(
@@ -140,7 +142,9 @@ def _override(tree: dict, text: str) -> dict:
         raise UserError(f"override {text!r}: write it as section.key=value, for example train.steps=10")
     try:
         value = yaml.load(value_text, _UniqueKeyLoader)
-    except yaml.YAMLError:
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"override {text!r}: the value {value_text!r} is not valid YAML; quote it") from None
 
     def put(node: Any, rest: list[str]) -> dict:

@@ -130,7 +130,7 @@ def make_sampler(files: ModelFiles, config: RunConfig, mesh: Mesh, prompt: int, 
     if prompt + response > window:
         raise UserError(
             f"{files.key}: prompts of {prompt} and responses of {response} tokens exceed the model's window of "
-            f"{window}; lower sampling.prompt_tokens, sampling.writer.max_tokens or the role's max_tokens"
+            f"{window}; lower sampling.prompt_tokens, or max_tokens in sampling.writer, sampling.rewriter or eval"
         )
     return JaxSampler(
         files.model,

@@ -184,7 +184,10 @@ class Judged:
 
     def _stored(self, name: str) -> bool:
         head = self._path(name).with_suffix(".json")
-        return head.exists() and json.loads(head.read_text())["settings"] == self._settings()
+        try:
+            return json.loads(head.read_text())["settings"] == self._settings()
+        except (FileNotFoundError, ValueError, LookupError, TypeError):  # absent or damaged: it is made again
+            return False
 
     def _evaluate(self, name: str, context: str) -> list[EvalRow]:
         path, run = self._path(name), self.run
@@ -243,7 +246,7 @@ def summarise(
     before = {row.temperature: row for row in rows if row.name == BASE}
     after = {row.temperature: row for row in rows if row.name.startswith(TRAINED)}
     steps = read_rows(run_dir / "metrics.jsonl")
-    processes = [json.loads(line) for line in (run_dir / "processes.jsonl").read_text().splitlines()]
+    processes = read_rows(run_dir / "processes.jsonl")
     seconds = {name: sum(row[f"{name}_seconds"] for row in steps) for name in ("write", "rewrite", "train")}
     seconds |= {**eval_seconds, "wall": sum(process["seconds"] for process in processes)}
     differences = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,11 @@ def evaluate(
     if regrade:
         _regrade(run_dir, regrade)
         return
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out: {out} cannot be made ({error.strerror}); choose another directory") from None
     if is_run:
         settings = config.load(config_path or run_dir / "config.yaml", overrides)
         files, state, mesh = build.restored_student(config.load(run_dir / "config.yaml"), run_dir)
@@ -147,7 +153,14 @@ class _Answerer:
 
     def answer(self, question: str, seed: int, as_json: bool) -> None:
         chat = self.files.chat
+        if re.search("[\ud800-\udfff]", question):
+            raise UserError("--prompt: it is not UTF-8; type it again")
         prompt = chat.prompt("plain", Problem("typed", question))
+        if len(prompt) > self.sampler.prompt_length:
+            raise UserError(
+                f"--prompt: {len(prompt)} tokens, and there is room for {self.sampler.prompt_length} beside "
+                f"--max-tokens {self.sampling.max_tokens}; shorten it, or lower --max-tokens"
+            )
         request = Request(prompt, request_key(seed, "sample", 0, question, 0))
         if as_json:
             response = self.sampler.sample([request], self.sampling)[0]
@@ -159,7 +172,8 @@ class _Answerer:
                         "logprobs": list(response.logprobs),
                         "text": chat.decode(response.ids),
                         "finish_reason": "stop" if response.ended == "stopped" else "length",
-                    }
+                    },
+                    allow_nan=False,
                 )
             )
             return

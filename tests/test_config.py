@@ -112,3 +112,12 @@ def test_every_declared_field_is_read_by_some_code():
     assert unread == TO_COME, (
         f"declared and never read: {sorted(unread - TO_COME)}; read by now: {sorted(TO_COME - unread)}"
     )
+
+
+@pytest.mark.parametrize("text", ["2026-13-45", "!!int foo", "[" * 3000, "{a: 1, a: 2}"])
+def test_a_value_that_yaml_cannot_make_is_refused(text, tmp_path):
+    with pytest.raises(UserError):
+        config.load(QUICKSTART, [f"run.dir={text}"])
+    (tmp_path / "odd.yaml").write_text(f"run: {{dir: {text}}}")
+    with pytest.raises(UserError, match=r"odd\.yaml"):
+        config.load(tmp_path / "odd.yaml")

@@ -361,3 +361,16 @@ def test_a_type_that_cannot_hold_the_values_is_refused(tmp_path):
     with pytest.raises(UserError, match="dtype = 'int8' is not allowed"):
         export(tmp_path / "out", directory, model, weights, dtype="int8")
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
+    directory, model, _ = write_model(tmp_path)
+
+    def spoil(tensors):
+        spoilt = tensors["model.layers.1.mlp.up_proj.weight"].copy()
+        spoilt[1, 2] = np.nan
+        tensors["model.layers.1.mlp.up_proj.weight"] = spoilt
+
+    rewrite(directory, spoil)
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight holds values that are not finite"):
+        load_weights(directory, model, make_mesh(MeshConfig(fsdp=8)))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from mpd_jax.train.metrics import Clock, Metrics, PhaseLog, device_row, read_rows, summarise
-from mpd_jax.types import Trajectory
+from mpd_jax.types import Trajectory, UserError
 
 
 def out(loss=1.5, **changed):
@@ -126,3 +126,9 @@ def test_every_phase_is_in_the_log_the_moment_it_begins(tmp_path):
     assert [line.split()[:2] for line in lines] == [["3", "write"], ["3", "rewrite"]]
     log.close()
     clock.close()
+
+
+def test_a_damaged_file_is_told_by_name(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "lo\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"run.dir: .*metrics.jsonl is damaged"):
+        read_rows(tmp_path / "metrics.jsonl")

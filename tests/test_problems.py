@@ -126,3 +126,15 @@ def test_the_heldout_file_may_name_its_columns_otherwise(tmp_path):
         read(ProblemsConfig(train, heldout, {"question": "q"}, {"question": "p"}), "heldout")
     with pytest.raises(UserError, match=r"problems\.heldout_columns\.text: no such field"):
         ProblemsConfig(heldout_columns={"text": "q"})
+
+
+def test_a_file_from_windows_is_read_and_text_that_is_none_is_refused_by_place(tmp_path):
+    path = write(tmp_path / "bom.jsonl", ["\ufeff" + json.dumps({"question": "1+1?"})])
+    assert [problem.question for problem in read_jsonl(path)] == ["1+1?"]
+    for line, told in (
+        ('{"question": "Leo \\ud800 has"}', "line 1, column 'question': half a surrogate pair"),
+        ('{"question": ' + "9" * 5000 + "}", "line 1: cannot be read"),
+        ("[" * 20_000, "line 1"),
+    ):
+        with pytest.raises(UserError, match=told):
+            read_jsonl(write(tmp_path / "odd.jsonl", [line]))

@@ -53,6 +53,15 @@ def test_what_was_written_stays_until_its_rewrite_is_there(tmp_path):
     assert os.listdir(records.directory) == ["step_000003.jsonl"]
 
 
+@pytest.mark.parametrize("left", [10, -10, "line"])
+def test_trajectories_of_which_a_part_is_lost_are_made_again(tmp_path, left):
+    records = Records(tmp_path, seed=7)
+    records.save(0, [trajectory(), trajectory("b ")])
+    text = records.path(0).read_text()
+    records.path(0).write_text("".join(text.splitlines(keepends=True)[:-1]) if left == "line" else text[:left])
+    assert records.load(0, PROBLEMS) is None
+
+
 def test_trajectories_of_another_run_are_refused_and_of_other_settings_made_again(tmp_path):
     Records(tmp_path, seed=7).save(0, [trajectory()])
     with pytest.raises(UserError, match=r"run.seed = 7"):

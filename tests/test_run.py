@@ -68,3 +68,18 @@ def test_a_resumed_run_forgets_what_was_measured_of_steps_it_has_not_reached(tmp
     assert {path.name for path in directory.iterdir()} == {
         f"{name}{suffix}" for name in names[:2] for suffix in (".jsonl", ".json")
     }
+
+
+def test_a_damaged_evaluation_is_made_again(tmp_path):
+    head = tmp_path / "evaluations" / "base.json"
+    head.parent.mkdir()
+    settings = config.load(QUICKSTART)
+    run = SimpleNamespace(parts=SimpleNamespace(run_dir=tmp_path), config=settings)
+    judged = Judged(cast(Any, run), cast(Any, None))
+    assert not judged._stored("base")
+    whole = json.dumps({"settings": judged._settings(), "seconds": 1.0})
+    head.write_text(whole)
+    assert judged._stored("base")
+    for damaged in (whole[:40], "[]", "{}", ""):
+        head.write_text(damaged)
+        assert not judged._stored("base")

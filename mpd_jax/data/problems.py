@@ -4,6 +4,7 @@ Not here: the tiny world's problems (build.py asks its generator), and how a pro
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ def read_jsonl(path: str | Path, columns: Mapping[str, str] | None = None, key: 
     problems: dict[str, Problem] = {}
     lines: dict[str, int] = {}
     try:
-        texts = path.read_text(encoding="utf-8").split("\n")
+        texts = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"problems: {path}: not UTF-8 at byte {error.start}; store the file as UTF-8") from None
     for number, text in enumerate(texts, start=1):
@@ -131,6 +132,8 @@ def _row(text: str, where: str) -> dict[str, Any]:
         row = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}, character {error.colno}: not JSON ({error.msg}); write one object a line") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read ({error}); write one plain object a line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: {type(row).__name__}, not an object; write one object a line")
     return row
@@ -155,6 +158,8 @@ def _problem(row: dict[str, Any], named: Mapping[str, str], where: str, default_
                 f"{where}, column {column!r}: {kind}, not text; set problems.{key}.{field} to a text column"
             )
         found[field] = str(value)
+        if re.search("[\ud800-\udfff]", found[field]):
+            raise UserError(f"{where}, column {column!r}: half a surrogate pair is no text; take it out")
     if not found["question"].strip():
         raise UserError(f"{where}, column {named.get('question', 'question')!r}: empty; every problem needs a question")
     return Problem(**{"id": default_id, **found})

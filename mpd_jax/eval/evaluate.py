@@ -17,7 +17,15 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mpd_jax.eval.grade import GRADERS, GraderPool
-from mpd_jax.sampling.sampler import Request, Response, Sampler, SamplingConfig, request_key
+from mpd_jax.sampling.sampler import (
+    COLDEST,
+    Request,
+    Response,
+    Sampler,
+    SamplingConfig,
+    request_key,
+    usable_temperature,
+)
 from mpd_jax.train.records import write_atomically
 from mpd_jax.types import Problem, UserError
 
@@ -58,8 +66,9 @@ class EvalConfig:
         self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         self._require("grader", self.grader in GRADERS, " or ".join(GRADERS))
         each = self.temperatures
-        usable = each and all(0 <= t < math.inf for t in each) and len(set(each)) == len(each)
-        self._require("temperatures", bool(usable), "one or more different numbers, each 0 (greedy) or above")
+        usable = each and all(map(usable_temperature, each)) and len(set(each)) == len(each)
+        allowed = f"one or more different numbers, each 0 (greedy), or {COLDEST:g} or more"
+        self._require("temperatures", bool(usable), allowed)
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -248,7 +257,9 @@ def read_samples(path: str | Path) -> list[Sample]:
             values = json.loads(line)
             wrong = names ^ set(values)
         except (ValueError, TypeError):
-            raise UserError(f"samples {path}: line {number} is not a JSON object; restore the file") from None
+            raise UserError(
+                f"samples {path}: line {number} is not a JSON object; remove the file to evaluate again"
+            ) from None
         if wrong:
             raise UserError(f"samples {path}: line {number}: fields {sorted(wrong)} are missing or unknown")
         samples.append(Sample(**{**values, "response_ids": tuple(values["response_ids"])}))
@@ -385,7 +396,7 @@ def _cut(s: Sample, budget: float) -> Sample:
 
 
 def table(rows: Sequence[EvalRow]) -> Table:
-    """Two or three lines a row, 80 columns in all. Differences are against the first row of the same temperature, paired."""
+    """A table of 80 columns. Differences are against the first row of the same temperature, paired."""
     said = {f"{row.n} problems x {row.samples_per_problem}, graded by {row.grader}" for row in rows}
     result = Table(
         title="Held-out problems, 95 % intervals", caption="; ".join(sorted(said)), box=SIMPLE_HEAD, pad_edge=False

@@ -165,8 +165,8 @@ class _Reader:
             if value is not None and value not in allowed:
                 self.problems.append(f"{key} = {value!r} is not supported; {' or '.join(map(repr, allowed))} is")
         layer_types = self.get("layer_types") or []
-        if set(layer_types) - {"full_attention"}:
-            self.problems.append(f"layer_types names {sorted(set(layer_types))}; only 'full_attention' is supported")
+        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+            self.problems.append(f"layer_types = {layer_types!r}: only a list of 'full_attention' is supported")
         if self.get("quantization_config") is not None:
             self.problems.append("quantization_config: quantised weights are not supported; use the unquantised model")
         for key in sorted(set(self.hf) - self.read - IGNORED):
@@ -192,7 +192,7 @@ def _rope(reader: _Reader) -> tuple[float, RopeScaling | None]:
     if None not in (theta, inner) and theta != inner:
         reader.problems.append(f"rope_theta = {theta!r} differs from {name}.rope_theta = {inner!r}")
     base = reader.number("rope_theta", theta if inner is None else inner, float)
-    kinds = {rope.pop(key) for key in ("rope_type", "type") if key in rope} or {"default"}
+    kinds = {str(rope.pop(key)) for key in ("rope_type", "type") if key in rope} or {"default"}
     scaling = None
     if kinds == {"llama3"}:
         factors = dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), float)

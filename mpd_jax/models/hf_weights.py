@@ -164,7 +164,7 @@ class _Checkpoint:
         for file in sorted(set(listed.values())) or [SINGLE]:
             try:
                 self._open[file] = stack.enter_context(safe_open(directory / file, framework="numpy"))
-            except FileNotFoundError:
+            except OSError:
                 raise UserError(f"{directory}: {INDEX} lists {file}, which is not there; download it again") from None
             except SafetensorError as error:
                 raise UserError(f"{directory / file} cannot be read ({error}); download it again") from None
@@ -235,7 +235,10 @@ class _Checkpoint:
             assert all(bounds[axis] == (0, shape[axis]) for axis in rest), f"{tensor.name} is split inside a head"
             cut.append(slice(bounds[first][0] * inner, bounds[first][1] * inner))
         order = [axis for group in axes for axis in group]
-        block = self.tensor(tensor.name)[tuple(cut)].reshape([bounds[axis][1] - bounds[axis][0] for axis in order])
+        block = self.tensor(tensor.name)[tuple(cut)]
+        if not np.isfinite(block).all():
+            raise UserError(f"{self.directory}: {tensor.name} holds values that are not finite; download it again")
+        block = block.reshape([bounds[axis][1] - bounds[axis][0] for axis in order])
         return block.transpose(np.argsort(order))
 
 
@@ -306,7 +309,10 @@ def export(
     config = _json(source / CONFIG)
     shards = _plan(_tensors(model), DTYPES[dtype].itemsize, max_shard_bytes)
     writer = jax.process_index() == 0
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: its directory cannot be made ({error.strerror}); choose another") from error
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)) if writer else None
     try:
         _write_weights(draft, shards, _flat(weights), DTYPES[dtype])

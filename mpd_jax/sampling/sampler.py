@@ -14,10 +14,16 @@ import numpy as np
 
 from mpd_jax.types import UserError
 
+COLDEST = 1e-5  # below it logits over temperature leave the range of float32
+
+
+def usable_temperature(temperature: float) -> bool:
+    return temperature == 0 or COLDEST <= temperature < math.inf
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How one role samples. temperature 0 is greedy; top_p 1 and top_k 0 switch truncation off."""
+    """How one role samples. temperature 0 is greedy, COLDEST the least above it; top_p 1, top_k 0 truncate nothing."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -26,7 +32,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         for name, holds, allowed in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more, and finite"),
+            ("temperature", usable_temperature(self.temperature), f"0 (greedy), or {COLDEST:g} or more, and finite"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1, which switches it off"),
             ("top_k", self.top_k >= 0, "0, which switches it off, or more"),
             ("max_tokens", self.max_tokens >= 1, "1 or more"),

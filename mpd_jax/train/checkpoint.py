@@ -96,6 +96,19 @@ class Checkpoints:
         if step is None:
             return None
         where = self.directory / str(step)
+        try:
+            return self._restore(step, where, like)
+        except UserError:
+            raise
+        except Exception as error:  # Orbax and its storage layer have many for a file that is damaged
+            older = [other for other in self._manager.all_steps() if other != step]
+            remedy = f"resume from step {max(older)}" if older else "start anew"
+            raise UserError(
+                f"run.dir: {where} cannot be read ({type(error).__name__}); remove that directory and run the same "
+                f"command again to {remedy}"
+            ) from error
+
+    def _restore(self, step: int, where: Path, like: RunState) -> RunState:
         run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
         if run["seed"] != like.seed:
             raise UserError(

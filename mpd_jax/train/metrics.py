@@ -19,7 +19,7 @@ import numpy as np
 
 from mpd_jax.train.records import write_atomically, writing
 from mpd_jax.train.step import POSITION_EDGES, Out
-from mpd_jax.types import Trajectory
+from mpd_jax.types import Trajectory, UserError
 
 Row = dict[str, Any]
 
@@ -189,8 +189,11 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics file. A last line that a kill cut short is left out."""
+    """The rows of a file of JSON lines. A last line that a kill cut short is left out."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError:
+        raise UserError(f"run.dir: {path} is damaged; take the broken line out, or remove the file") from None

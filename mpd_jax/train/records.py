@@ -78,7 +78,8 @@ class Records:
         return self.directory / f"step_{step:06d}{suffix}.jsonl"
 
     def save(self, step: int, trajectories: Sequence[Trajectory], stage: str = "final") -> None:
-        head = json.dumps({"step": step, "stage": stage, "seed": self._seed, "settings": self._settings})
+        made = {"step": step, "stage": stage, "seed": self._seed, "settings": self._settings}
+        head = json.dumps({**made, "count": len(trajectories)})
         write_atomically(self.path(step, stage), "\n".join([head, *map(to_json, trajectories)]) + "\n")
         if stage == "final":
             self.path(step, "written").unlink(missing_ok=True)
@@ -94,11 +95,14 @@ class Records:
         path = self.path(step, stage)
         if not path.exists():
             return None
-        first, *lines = path.read_text().splitlines()
-        head = json.loads(first)
-        if head["settings"] != self._settings:
+        try:
+            first, *lines = path.read_text().splitlines()
+            head = json.loads(first)
+            trajectories = [from_json(line) for line in lines]
+        except (ValueError, LookupError, TypeError):  # damaged: they are made again
             return None
-        trajectories = [from_json(line) for line in lines]
+        if head["settings"] != self._settings or head["count"] != len(trajectories):
+            return None
         strangers = sorted({t.problem_id for t in trajectories} - {p.id for p in problems})
         if head["seed"] != self._seed or strangers:
             found = f"problem {strangers[0]!r}" if strangers else f"run.seed = {head['seed']}"
