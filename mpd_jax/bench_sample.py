@@ -54,7 +54,7 @@ class Subject:
             prompt_length=longest,
             max_length=longest + self.max_tokens,
             prefill_chunk=prefill_chunk or longest - 1,
-            prefill_rows=max(1, slots // 8),
+            prefill_rows=1,  # in steady state one slot at a time falls free
             vocab_size=self.files.chat.vocab_size,
             dtype=jnp.float32,
         )
@@ -183,14 +183,17 @@ def compare(subject: Subject, generate: Generate | None, size: int, count: int, 
 
 
 def refill_steps(subject: Subject, slots: int) -> dict[str, Any]:
-    """Decode steps for sampled responses of uneven length, over sum of lengths / slots + longest length."""
+    """Decode steps for sampled responses of uneven length, over sum of lengths / slots + longest length.
+
+    Decks have each their own last response: the longest counts once a deck.
+    """
     sampler = subject.sampler(slots)
     responses = sampler.sample(subject.requests, SamplingConfig(max_tokens=subject.max_tokens))
     lengths = [len(r.ids) for r in responses]
-    ideal = sum(lengths) / slots + max(lengths)
-    static = sum(max(lengths[i : i + slots]) for i in range(0, len(lengths), slots))
+    ideal = sum(lengths) / sampler.deck + sampler.decks * max(lengths)
+    static = sum(max(lengths[i : i + sampler.deck]) for i in range(0, len(lengths), sampler.deck))
     return {
-        "slots": slots,
+        "slots": sampler.decks * sampler.deck,
         "responses": len(lengths),
         "mean_length": sum(lengths) / len(lengths),
         "longest": max(lengths),

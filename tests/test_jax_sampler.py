@@ -6,8 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mpd_jax.models import decoder
+from mpd_jax.models.attention import attend
 from mpd_jax.models.config import ModelConfig
 from mpd_jax.models.decoder import Model
+from mpd_jax.sampling import jax_sampler
 from mpd_jax.sampling.jax_sampler import TRACES, JaxSampler
 from mpd_jax.sampling.sampler import Request, SamplingConfig
 from mpd_jax.sharding import MeshConfig, make_mesh, tree_shardings
@@ -89,6 +92,34 @@ def test_a_response_is_bit_identical_whatever_its_neighbours_and_order():
     for i in (0, 3, 6):
         assert made.sample([requests()[i]], SAMPLED) == [responses()[i]]
     assert tuple(made.sample(requests()[5:] + requests()[:5], SAMPLED)) == responses()[5:] + responses()[:5]
+
+
+def test_decks_give_what_one_deck_gives(monkeypatch):
+    """Eleven responses in flight, in decks of four: bit for bit those of a sampler whose one deck has four slots."""
+    monkeypatch.setattr(jax_sampler, "CPU_DECK_BYTES", 4 * bytes_of_a_slot())
+    made = sampler(slots=11)
+    assert (made.decks, made.deck) == (3, 4)
+    assert tuple(made.sample(requests(), SAMPLED)) == responses()
+    assert tuple(made.sample(requests()[:2], SAMPLED)) == responses()[:2]  # fewer than decks
+    longest, total = max(len(r.ids) for r in responses()), sum(len(r.ids) for r in responses())
+    assert made.stats.decode_steps <= total / 4 + 3 * longest + 2 * longest
+
+
+def bytes_of_a_slot():
+    cache = MODEL.init_cache(1, SHAPE["max_length"], jnp.float32)
+    return sum(x.nbytes for x in (*cache.k, *cache.v))
+
+
+def test_a_prompt_reads_no_further_than_prompts_reach(monkeypatch):
+    """The compiled prefill multiplies no array as long as the cache, only the window of prompts."""
+    made, seen = sampler(slots=2, load=False), []
+    assert made._window() == 24 and made._cache_length() == 60
+    monkeypatch.setattr(decoder, "attend", lambda q, k, v, visible: seen.append(k.shape[3]) or attend(q, k, v, visible))
+    shapes = jax.eval_shape(MODEL.by_layer, MODEL.abstract())
+    cache = jax.eval_shape(lambda: MODEL.init_cache(2, 60, "float32"))
+    row = np.zeros(1, np.int32)
+    jax.eval_shape(lambda w, c: MODEL.decode(w, np.zeros((1, 8), np.int32), c, row, row, made._window()), shapes, cache)
+    assert seen == [24] * CONFIG.num_layers
 
 
 def test_responses_stop_at_eos_or_are_cut_and_draw_no_padding():

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mpd_jax.models.attention import attend, causal, rotary, rotate
-from mpd_jax.models.cache import KVCache, cache_axes
+from mpd_jax.models.cache import KEYS_LENGTH, VALUES_LENGTH, KVCache, cache_axes, extend_every, extend_picked
 from mpd_jax.models.config import ModelConfig
 from mpd_jax.sharding import constrain
 from mpd_jax.types import Array
@@ -257,14 +257,16 @@ class Model:
         cache: KVCache,
         slots_R: Array | None,
         valid_R: Array,
+        window: int | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Hidden states [R, T, D] of tokens that continue cached rows, and the cache that holds them.
 
         The weights are those of `by_layer`. Row r continues slot slots_R[r] (None: slot r) with its first valid_R[r]
         tokens; those beyond are not kept. Rows with a valid token have distinct slots; a row without any may name any
-        slot, and changes nothing.
+        slot, and changes nothing. window: no row with a valid token reaches beyond so many positions, padding
+        included, and attention reads no further.
         """
-        S = cache.v[0].shape[2]
+        S = window or cache.v[0].shape[VALUES_LENGTH]
         start_R = cache.length_B if slots_R is None else cache.length_B[slots_R]
         offset_T = jnp.arange(tokens_RT.shape[1])
         at_RT = start_R[:, None] + offset_T[None, :]
@@ -272,17 +274,16 @@ class Model:
         to_RT = jnp.where(offset_T[None, :] < valid_R[:, None], at_RT, S)
         visible, rotation = jnp.arange(S)[None, None, :] <= at_RT[:, :, None], rotary(at_RT, self.config)
 
+        def extend(held: jax.Array, new_RTKH: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+            new_RTKH = new_RTKH.astype(held.dtype)
+            if slots_R is None:
+                return extend_every(held, new_RTKH, to_RT, S, length)
+            return extend_picked(held, new_RTKH, slots_R, start_R, valid_R, S, length)
+
         def remember(layer: int, k_RTKH: jax.Array, v_RTKH: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
-            held = cache.k[layer], cache.v[layer]
-            k_RKHS, v_RKSH = held if slots_R is None else (x[slots_R] for x in held)
-            k_RKHS = _put_keys(k_RKHS, to_RT, k_RTKH.astype(k_RKHS.dtype))
-            v_RKSH = _put_values(v_RKSH, to_RT, v_RTKH.astype(v_RKSH.dtype))
-            rows = k_RKHS, v_RKSH
-            kept = rows
-            if slots_R is not None:
-                counted_R = jnp.where(valid_R > 0, slots_R, len(cache.length_B))
-                kept = tuple(x.at[counted_R].set(r, mode="drop") for x, r in zip(held, rows, strict=True))
-            return (*(x.astype(k_RTKH.dtype) for x in rows), kept)
+            k_RKHS, keys = extend(cache.k[layer], k_RTKH, KEYS_LENGTH)
+            v_RKSH, values = extend(cache.v[layer], v_RTKH, VALUES_LENGTH)
+            return k_RKHS.astype(k_RTKH.dtype), v_RKSH.astype(v_RTKH.dtype), (keys, values)
 
         x_RTD, held = self._embed(weights, tokens_RT), []
         for layer in range(self.config.num_layers):
@@ -301,13 +302,6 @@ class Model:
     def _embed(self, weights: Weights, tokens_BT: Array) -> jax.Array:
         # Gathered over fsdp first: looked up in parts, every device would hold the rows of all devices for a moment.
         return constrain(weights["embed"], ("vocab", None))[tokens_BT].astype(self.dtype)
-
-
-# Row by row under vmap: rows stay a batch of the scatter, which the partitioner splits without gathering the cache.
-_put_keys = jax.vmap(
-    lambda held_KHS, to_T, new_TKH: held_KHS.at[:, :, to_T].set(new_TKH.transpose(1, 2, 0), mode="drop")
-)
-_put_values = jax.vmap(lambda held_KSH, to_T, new_TKH: held_KSH.at[:, to_T].set(new_TKH.swapaxes(0, 1), mode="drop"))
 
 
 def _rematerialised(body: Callable, policy: str) -> Callable:

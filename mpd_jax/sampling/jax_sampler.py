@@ -1,9 +1,10 @@
 """Samples on the training mesh: chunked prefill, cached decode, a fixed number of slots refilled from a queue.
 
-Two programs run at one shape each, `prefill` [prefill_rows, prefill_chunk] and `decode` [slots], so a response is a
+Two programs run at one shape each, `prefill` [prefill_rows, prefill_chunk] and `decode` [deck], so a response is a
 function of (key, prompt, weights, sampling), bit for bit, whatever shares its batch. The last prompt token is fed by
 `decode`, which therefore draws every token; `prefill` needs no vocabulary head. Decoding stays on the device until a
-slot is free for a waiting request; ids and log-probabilities leave it once per finished response.
+slot is free for a waiting request; ids and log-probabilities leave it once per finished response. An accelerator holds
+all slots in one deck; on a CPU, decks small enough for the processor's own cache take turns.
 """
 
 from collections import Counter, deque
@@ -29,11 +30,12 @@ TRACES: Counter[str] = Counter()
 
 REPORT_EVERY = 128  # decode steps after which the host looks in even if no slot is free
 STREAM_EVERY = 4  # decode steps between two looks at a streamed response
+CPU_DECK_BYTES = 8 * 2**20  # of keys and values; twice that was seen to cost twice the time for each token
 
 
 @dataclass
 class Stats:
-    """What a sampler did since it was made. `decode_steps` counts device steps, each at most one token a slot."""
+    """What a sampler did since it was made. `decode_steps`: of any deck, each at most a token a slot."""
 
     decode_steps: int = 0
     prefill_calls: int = 0
@@ -42,7 +44,7 @@ class Stats:
 
 
 class Slots(NamedTuple):
-    """Device state; B runs over slots, R over response tokens. Row b of `ids_BR` holds `count_B[b]` tokens."""
+    """A deck on the device; B: its slots, R: response tokens. Row b of `ids_BR` holds `count_B[b]` tokens."""
 
     cache: KVCache
     token_B: jax.Array  # fed next
@@ -80,12 +82,14 @@ class Program:
     """What the compiled programs are specialised to, besides shapes. `layout`: the sharding of every device array.
 
     spread: slots lie on several devices; then prompts enter the cache where it lies, with every slot taking part.
+    window: cache positions that prompts, with the padding of their last chunk, can reach.
     """
 
     model: Model
     vocab_size: int
     layout: Slots
     spread: bool
+    window: int
 
 
 @partial(jax.jit, static_argnames=("program",), donate_argnames=("slots",))
@@ -100,7 +104,7 @@ def _prefill(weights: Any, slots: Slots, chunk: Chunk, *, program: Program) -> S
     if program.spread:  # rows picked out of a cache that is split would be sent to every device
         tokens_BT, valid_B = (jnp.zeros((nobody, *x.shape[1:]), x.dtype).at[rows[1]].set(x) for x in rows[::2])
         rows = tokens_BT, None, valid_B
-    _, cache = program.model.decode(weights, rows[0], cache, rows[1], rows[2])
+    _, cache = program.model.decode(weights, rows[0], cache, rows[1], rows[2], program.window)
     slots = slots._replace(
         cache=cache,
         token_B=slots.token_B.at[last_C].set(chunk.token_C, mode="drop"),
@@ -184,8 +188,8 @@ def _decode_copy(weights: Any, model: Model, dtype: Any) -> Any:
 
 
 @dataclass
-class _Batch:
-    """One call of `sample` or `stream`: its device state, and what the host knows of it."""
+class _Deck:
+    """Slots that decode together, for one call of `sample` or `stream`. All decks of a call take from one queue."""
 
     requests: Sequence[Request]
     settings: Settings
@@ -198,8 +202,9 @@ class _Batch:
 class JaxSampler:
     """A model that answers, on the training mesh. See `mpd_jax.sampling.sampler.Sampler` for the contract.
 
-    slots: responses decoded side by side. prompt_length, max_length: longest prompt, and longest prompt + response, in
-    tokens. vocab_size: columns of the head beyond it are padding and are never drawn. dtype: of weights and cache.
+    slots: responses in flight, on a CPU rounded up to whole decks. prompt_length, max_length: longest prompt, and
+    longest prompt + response, in tokens. vocab_size: columns of the head beyond it are padding and are never drawn.
+    dtype: of weights and cache.
     Every process of a multi-host run calls every method with the same arguments and gets the same responses.
     """
 
@@ -218,10 +223,11 @@ class JaxSampler:
         dtype: Any,
     ):
         self.model, self.mesh, self.eos_ids = model, mesh, eos_ids
-        self.slots, self.prompt_length, self.max_length = slots, prompt_length, max_length
-        self.prefill_rows = min(prefill_rows, slots)
+        self.prompt_length, self.max_length = prompt_length, max_length
         self.prefill_chunk = min(prefill_chunk, max(prompt_length - 1, 1))
         self.vocab_size, self.dtype = vocab_size, jnp.dtype(dtype)
+        self.decks, self.deck = self._split(slots)
+        self.prefill_rows = min(prefill_rows, self.deck)
         self.version = -1
         self.stats = Stats()
         self._weights: Any = None
@@ -229,7 +235,7 @@ class JaxSampler:
         layout = tree_shardings(mesh, model.by_layer_axes(), shapes, "decode")
         self._reshard = jax.jit(partial(_decode_copy, model=model, dtype=self.dtype), out_shardings=layout)
         spread = mesh.shape["data"] * mesh.shape["fsdp"] > 1
-        self._program = Program(model, vocab_size, self._layout(), spread)
+        self._program = Program(model, vocab_size, self._layout(), spread, self._window())
         self._empty = jax.jit(self._new_slots, out_shardings=self._program.layout)
 
     def load(self, weights: Any, version: int) -> None:
@@ -250,33 +256,36 @@ class JaxSampler:
         progress: Callable[[int], None] | None = None,
     ) -> list[Response]:
         """Responses in the order of the requests. `progress` is told the number of finished responses."""
-        batch = self._batch(requests, sampling)
+        queue = deque(range(len(requests)))
+        decks = [self._new_deck(requests, sampling, queue) for _ in range(min(self.decks, len(queue)))]
         responses: dict[int, Response] = {}
-        while batch.queue or batch.running:
-            self._refill(batch)
-            self._advance(batch, limit=REPORT_EVERY)
-            responses.update(self._collect(batch))
+        while len(responses) < len(requests):
+            for deck in decks:
+                self._refill(deck)
+                if deck.running:
+                    self._advance(deck, limit=REPORT_EVERY)
+                    responses.update(self._collect(deck))
             if progress:
                 progress(len(responses))
         return [responses[index] for index in range(len(requests))]
 
     def stream(self, request: Request, sampling: SamplingConfig) -> Iterator[int]:
         """The token ids of one response as they come: the same ids as `sample` returns."""
-        batch = self._batch([request], sampling)
-        self._refill(batch)
-        (slot,) = batch.running
+        deck = self._new_deck([request], sampling, deque([0]))
+        self._refill(deck)
+        (slot,) = deck.running
         sent, active = 0, True
         while active:
-            self._advance(batch, limit=STREAM_EVERY)
-            active = bool(np.asarray(batch.slots.active_B)[slot])
-            count = int(np.asarray(batch.slots.count_B)[slot])
-            ids_R, _ = self._rows(batch, [slot])[0]
+            self._advance(deck, limit=STREAM_EVERY)
+            active = bool(np.asarray(deck.slots.active_B)[slot])
+            count = int(np.asarray(deck.slots.count_B)[slot])
+            ids_R, _ = self._rows(deck, [slot])[0]
             yield from (int(token) for token in ids_R[sent:count])
             sent = count
         self.stats.tokens += sent
         self.stats.responses += 1
 
-    def _batch(self, requests: Sequence[Request], sampling: SamplingConfig) -> _Batch:
+    def _new_deck(self, requests: Sequence[Request], sampling: SamplingConfig, queue: deque[int]) -> _Deck:
         assert self._weights is not None, "load comes before sample"
         for request in requests:
             length = len(request.prompt)
@@ -300,11 +309,21 @@ class JaxSampler:
         truncate = sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0)
         with jax.set_mesh(self.mesh):
             slots = self._empty()
-        return _Batch(requests, settings, truncate, slots, deque(range(len(requests))), {})
+        return _Deck(requests, settings, truncate, slots, queue, {})
+
+    def _split(self, slots: int) -> tuple[int, int]:
+        """(number of decks, slots of each)."""
+        if self.mesh.devices.flat[0].platform != "cpu":
+            return 1, slots
+        cache = jax.eval_shape(lambda: self.model.init_cache(1, self._cache_length(), self.dtype))
+        fit = max(1, CPU_DECK_BYTES // sum(x.size * x.dtype.itemsize for x in (*cache.k, *cache.v)))
+        decks = -(-slots // fit)
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return decks, -(-slots // (decks * shards)) * shards
 
     def _new_slots(self) -> Slots:
         TRACES["empty"] += 1
-        B, R = self.slots, self.max_length
+        B, R = self.deck, self.max_length
         return Slots(
             cache=self.model.init_cache(B, self._cache_length(), self.dtype),
             token_B=jnp.zeros(B, jnp.int32),
@@ -317,8 +336,10 @@ class JaxSampler:
 
     def _cache_length(self) -> int:
         """Room for the longest row and, after it, for the padding of a last prompt chunk."""
-        chunk = self.prefill_chunk
-        return max(self.max_length, -(-(self.prompt_length - 1) // chunk) * chunk)
+        return max(self.max_length, self._window())
+
+    def _window(self) -> int:
+        return max(1, -(-(self.prompt_length - 1) // self.prefill_chunk)) * self.prefill_chunk
 
     def _layout(self) -> Slots:
         """The cache follows the rules; what the host reads is whole on every device, and small."""
@@ -327,18 +348,18 @@ class JaxSampler:
         cache = tree_shardings(self.mesh, self.model.cache_axes(), shapes.cache, "decode")
         return jax.tree.map(lambda _: whole, shapes)._replace(cache=cache)
 
-    def _refill(self, batch: _Batch) -> None:
+    def _refill(self, deck: _Deck) -> None:
         """Gives every free slot the next waiting request, and its prompt to the cache."""
         pending: deque[tuple[int, int]] = deque()  # slot, tokens already in the cache
-        for slot in range(self.slots):
-            if slot not in batch.running and batch.queue:
-                batch.running[slot] = batch.queue.popleft()
+        for slot in range(self.deck):
+            if slot not in deck.running and deck.queue:
+                deck.running[slot] = deck.queue.popleft()
                 pending.append((slot, 0))
         while pending:
             rows = [pending.popleft() for _ in range(min(self.prefill_rows, len(pending)))]
-            chunk = self._chunk(batch, rows)
+            chunk = self._chunk(deck, rows)
             with jax.set_mesh(self.mesh):
-                batch.slots = _prefill(self._weights, batch.slots, chunk, program=self._program)
+                deck.slots = _prefill(self._weights, deck.slots, chunk, program=self._program)
             self.stats.prefill_calls += 1
             pending.extendleft(
                 (slot, start + self.prefill_chunk)
@@ -346,10 +367,10 @@ class JaxSampler:
                 if not chunk.last_C[row]
             )
 
-    def _chunk(self, batch: _Batch, rows: list[tuple[int, int]]) -> Chunk:
+    def _chunk(self, deck: _Deck, rows: list[tuple[int, int]]) -> Chunk:
         C, T = self.prefill_rows, self.prefill_chunk
         taken = {slot for slot, _ in rows}
-        spare = [slot for slot in range(self.slots) if slot not in taken]  # dummy rows: distinct slots, nothing valid
+        spare = [slot for slot in range(self.deck) if slot not in taken]  # dummy rows: distinct slots, nothing valid
         chunk = Chunk(
             tokens_CT=np.zeros((C, T), np.int32),
             slot_C=np.array([slot for slot, _ in rows] + spare[: C - len(rows)], np.int32),
@@ -360,7 +381,7 @@ class JaxSampler:
             key_C2=np.zeros((C, 2), np.uint32),
         )
         for row, (slot, start) in enumerate(rows):
-            request = batch.requests[batch.running[slot]]
+            request = deck.requests[deck.running[slot]]
             body = request.prompt[:-1][start : start + T]
             chunk.tokens_CT[row, : len(body)] = body
             chunk.valid_C[row] = len(body)
@@ -370,42 +391,42 @@ class JaxSampler:
             chunk.key_C2[row] = request.key
         return chunk
 
-    def _advance(self, batch: _Batch, limit: int) -> None:
+    def _advance(self, deck: _Deck, limit: int) -> None:
         """Decodes until a waiting request can have a slot, all rows finished, or `limit` steps."""
-        enough = np.int32(1 if batch.queue else self.slots + 1)
+        enough = np.int32(1 if deck.queue else self.deck + 1)
         with jax.set_mesh(self.mesh):
-            batch.slots, steps = _decode(
+            deck.slots, steps = _decode(
                 self._weights,
-                batch.slots,
-                batch.settings,
+                deck.slots,
+                deck.settings,
                 np.int32(limit),
                 enough,
                 program=self._program,
-                truncate=batch.truncate,
+                truncate=deck.truncate,
             )
         self.stats.decode_steps += int(steps)
 
-    def _rows(self, batch: _Batch, slots: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _rows(self, deck: _Deck, slots: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Whole rows of the output buffers, fetched at one compiled shape."""
         rows = []
         for start in range(0, len(slots), self.prefill_rows):
             part = slots[start : start + self.prefill_rows]
             wanted_C = np.array(part + [0] * (self.prefill_rows - len(part)), np.int32)
             with jax.set_mesh(self.mesh):
-                ids_CR, logprobs_CR = jax.device_get(_take(batch.slots, wanted_C))
+                ids_CR, logprobs_CR = jax.device_get(_take(deck.slots, wanted_C))
             rows.extend(zip(ids_CR[: len(part)], logprobs_CR[: len(part)], strict=True))
         return rows
 
-    def _collect(self, batch: _Batch) -> dict[int, Response]:
+    def _collect(self, deck: _Deck) -> dict[int, Response]:
         """The responses that finished, by request; their slots are free afterwards."""
-        active_B, count_B = jax.device_get((batch.slots.active_B, batch.slots.count_B))
-        done = [slot for slot in sorted(batch.running) if not active_B[slot]]
+        active_B, count_B = jax.device_get((deck.slots.active_B, deck.slots.count_B))
+        done = [slot for slot in sorted(deck.running) if not active_B[slot]]
         responses = {}
-        for slot, (ids_R, logprobs_R) in zip(done, self._rows(batch, done), strict=True):
+        for slot, (ids_R, logprobs_R) in zip(done, self._rows(deck, done), strict=True):
             count = int(count_B[slot])
             ids = tuple(ids_R[:count].tolist())
             ended = "stopped" if ids[-1] in self.eos_ids else "cut"
-            responses[batch.running.pop(slot)] = Response(ids, tuple(logprobs_R[:count].tolist()), ended)
+            responses[deck.running.pop(slot)] = Response(ids, tuple(logprobs_R[:count].tolist()), ended)
             self.stats.tokens += count
             self.stats.responses += 1
         return responses
