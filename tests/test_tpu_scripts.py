@@ -88,7 +88,7 @@ env >>"$NOTES.env"
 echo "HF_TOKEN has ${#HF_TOKEN} characters"
 trap 'echo saved; exit 75' TERM
 code=$(sed -n 1p "$NOTES.codes"); sed -i 1d "$NOTES.codes"
-[ "$code" != wait ] || { touch "$NOTES.up"; while :; do sleep 0.02; done; }
+[ "$code" != wait ] || { touch "$NOTES.up"; for _ in {1..1500}; do sleep 0.02; done; }
 exit "${code:-0}"
 """
 
