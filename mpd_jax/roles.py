@@ -48,7 +48,7 @@ def open_model(key: str, spec: ModelSpec, contexts: Contexts) -> ModelFiles:
     try:
         directory = TINY / name if kind == "tiny" else locate(spec.path, spec.revision)
         stops = eos_ids(directory)
-        model = Model(load_config(directory), spec.dtype, spec.remat)
+        model = Model(load_config(directory), spec.dtype, spec.remat, spec.attention)
         chat = Chat(directory, stops, spec.thinking, contexts)
     except UserError as error:
         raise UserError(f"{key}.path: {error}") from None

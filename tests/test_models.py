@@ -126,10 +126,9 @@ def test_packed_rows_equal_separate_rows():
     model, weights = Model(TINY), lively(Model(TINY))
     a, b = tokens(2, 6)[0], tokens(2, 6)[1, :4]
     packed = np.concatenate([a, b, np.zeros(2, np.int32)])[None]
-    positions = np.array([[*range(6), *range(4), 0, 1]], np.int32)
     segments = np.array([[1] * 6 + [2] * 4 + [0] * 2], np.int32)
     hidden = jax.jit(model.hidden)
-    h = hidden(weights, packed, positions, segments)
+    h = hidden(weights, packed, segments_BT=segments)
     np.testing.assert_allclose(h[:, :6], hidden(weights, a[None]), atol=1e-5)
     np.testing.assert_allclose(h[:, 6:10], hidden(weights, b[None]), atol=1e-5)
 

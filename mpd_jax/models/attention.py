@@ -1,4 +1,4 @@
-"""Rotary positions and attention, the plain reference: grouped queries, causal, softmax in float32."""
+"""Positions, and attention as the plain reference: grouped queries, causal, softmax in float32."""
 
 import math
 
@@ -54,11 +54,15 @@ def attend(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, visible_BTS:
     return out_BKQH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def causal(positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+def causal(segments_BT: jax.Array) -> jax.Array:
     """Which keys each query sees, [B, T, T]: earlier in the row, and of its own segment."""
-    T = positions_BT.shape[1]
-    row = jnp.arange(T)
-    visible = jnp.broadcast_to((row[None, :] <= row[:, None])[None], (positions_BT.shape[0], T, T))
-    if segments_BT is not None:
-        visible = visible & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    return visible
+    row = jnp.arange(segments_BT.shape[1])
+    earlier = row[None, :] <= row[:, None]
+    return earlier[None] & (segments_BT[:, :, None] == segments_BT[:, None, :])
+
+
+def restarting(segments_BT: jax.Array) -> jax.Array:
+    """Positions [B, T] that start at 0 with every segment of a row."""
+    row = jnp.broadcast_to(jnp.arange(segments_BT.shape[1])[None, :], segments_BT.shape)
+    before = jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return row - jax.lax.cummax(jnp.where(segments_BT != before, row, 0), axis=1)

@@ -18,6 +18,8 @@ class ModelSpec:
     revision:    the commit of a hub id, 40 hexadecimal digits.
     dtype:       of the computation. param_dtype: of the weights as held.
     remat:       what the backward pass computes again: none, full (every layer), dots (all but matrix products).
+    attention:   the kernel of training and scoring: splash (TPU), cudnn (GPU, bfloat16), reference (anywhere, costly in
+                 long rows), or auto, which takes the one of the mesh's devices; see kernels.choose.
     thinking:    the template's enable_thinking.
     """
 
@@ -26,6 +28,7 @@ class ModelSpec:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
+    attention: Literal["auto", "reference", "splash", "cudnn"] = "auto"
     thinking: bool = True
 
 

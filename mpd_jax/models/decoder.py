@@ -6,17 +6,19 @@ and a plain nested dict of arrays. Training scans the stacked layers; cached dec
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from mpd_jax.models.attention import attend, causal, rotary, rotate
+from mpd_jax.models.attention import attend, restarting, rotary, rotate
 from mpd_jax.models.cache import KEYS_LENGTH, VALUES_LENGTH, KVCache, cache_axes, extend_every, extend_picked
 from mpd_jax.models.config import ModelConfig
+from mpd_jax.models.kernels import Read, attention, choose
 from mpd_jax.sharding import constrain
 from mpd_jax.types import Array
 
@@ -113,11 +115,9 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config, rngs)
 
-    def __call__(self, x_BTD: jax.Array, rotation: Rotation, visible_BTS: jax.Array) -> jax.Array:
-        def keys_of_this_row(k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-            return k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3), None
-
-        return self.step(x_BTD, rotation, visible_BTS, keys_of_this_row)[0]
+    def __call__(self, x_BTD: jax.Array, rotation: Rotation, read: Read) -> jax.Array:
+        x_BTD = x_BTD + self.attention.out(read(*self.attention.project(self.attention_norm(x_BTD), rotation)))
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
     def step(
         self, x_BTD: jax.Array, rotation: Rotation, visible_BTS: jax.Array, remember: Callable
@@ -167,11 +167,18 @@ def _rest(weights: Weights) -> Weights:
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder without its weights. dtype: of the computation; remat: see ModelSpec."""
+    """A decoder without its weights. dtype: of the computation; remat: see ModelSpec; attention: see `on`."""
 
     config: ModelConfig
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
+
+    def on(self, mesh: Mesh | None) -> "Model":
+        """The same decoder with the attention kernel that suits the mesh's devices."""
+        if mesh is None:
+            return self
+        return replace(self, attention=choose(self.attention, self.dtype, mesh.devices.flat[0].platform))
 
     def init(self, key: jax.Array) -> Weights:
         """Random float32 weights, blocks stacked along a leading layer axis."""
@@ -210,14 +217,16 @@ class Model:
     ) -> jax.Array:
         """Hidden states after the final norm [B, T, D], causal; padding on the right needs no mask.
 
-        segments_BT: tokens see only their own segment; give positions that restart with it.
+        segments_BT: tokens see only their own segment; 0 is padding. Positions restart with it unless given.
         """
+        if segments_BT is None:
+            segments_BT = jnp.ones(tokens_BT.shape, jnp.int32)
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
-        visible, rotation = causal(positions_BT, segments_BT), rotary(positions_BT, self.config)
+            positions_BT = restarting(segments_BT)
+        read, rotation = attention(self.attention, segments_BT), rotary(positions_BT, self.config)
 
         def body(x_BTD: jax.Array, block: Weights) -> tuple[jax.Array, None]:
-            y_BTD = _module(Block, self.config, block)(x_BTD, rotation, visible)
+            y_BTD = _module(Block, self.config, block)(x_BTD, rotation, read)
             return constrain(y_BTD, ("batch", None, None)), None
 
         x_BTD = constrain(self._embed(weights, tokens_BT), ("batch", None, None))
