@@ -22,6 +22,7 @@ from mpd_jax.data.batching import to_batch
 from mpd_jax.data.chat import Chat, Contexts
 from mpd_jax.data.problems import ProblemsConfig, ProblemSet, read, refuse_overlap
 from mpd_jax.eval.grade import GraderPool, grade
+from mpd_jax.models.kernels import takes_segments
 from mpd_jax.recipe import rewrite, target, write
 from mpd_jax.recipe.recipe import Recipe
 from mpd_jax.roles import ModelFiles, Roles, make_sampler, open_model, open_roles
@@ -93,14 +94,6 @@ def check_sizes(config: RunConfig, roles: Roles, mesh: Mesh, problems: Sequence[
     """Step 4: what would otherwise fail in the middle of a run."""
     if jax.process_count() > 1:
         raise UserError(f"{jax.process_count()} processes: a run is one process; start it on one host")
-    rows, pieces = config.train.batch_size * config.recipe.write.attempts, config.train.micro_batches
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % (shards * pieces):
-        raise UserError(
-            f"train.batch_size: {config.train.batch_size} x {config.recipe.write.attempts} attempts = {rows} rows do "
-            f"not divide into train.micro_batches = {pieces} over mesh.data x mesh.fsdp = {shards} devices; choose a "
-            f"multiple of {shards * pieces}"
-        )
     reading = [files for files in (roles.student, roles.target(config.recipe)) if files]
     for files in reading:
         window = files.model.config.max_position_embeddings
@@ -161,7 +154,7 @@ def build(
             problems=ProblemSet(training, config.run.seed, config.train.batch_size),
             write=recipe.write,
             rewrite=recipe.rewrite,
-            to_batch=partial(_to_batch, config, student, target_files),
+            to_batch=partial(_to_batch, config, mesh, student, target_files),
             update=make_update(
                 student.model,
                 target_files.model if target_files else None,
@@ -328,12 +321,13 @@ def _recipe(
 
 def _to_batch(
     config: RunConfig,
+    mesh: Mesh,
     student: ModelFiles,
     target_files: ModelFiles | None,
     problems: Sequence[Problem],
     trajectories: Sequence[Trajectory],
 ) -> Batch | None:
-    """The kept trajectories; the target reads them after its own prompt under its own context."""
+    """The kept trajectories, packed if all who read can; the target reads under its own context."""
     prompts = None
     if target_files is not None:
         prompts = {p.id: target_files.chat.prompt(config.recipe.target.context, p) for p in problems}
@@ -341,12 +335,14 @@ def _to_batch(
         problems,
         trajectories,
         target_prompts=prompts,
-        rows=config.train.batch_size * config.recipe.write.attempts,
         reduction=config.recipe.loss.reduction,
         max_length=config.train.max_length,
         eos_ids=student.eos_ids,
+        row_length=config.train.row_length,
+        multiple=mesh.shape["data"] * mesh.shape["fsdp"] * config.train.micro_batches,
+        alone=not all(takes_segments(files.model.on(mesh).attention) for files in (student, target_files) if files),
     )
-    return batch if report.rows else None
+    return batch if report.trajectories else None
 
 
 def _share_right(problems: Sequence[Problem], trajectories: Sequence[Trajectory], chat: Chat) -> float | None:

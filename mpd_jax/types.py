@@ -51,19 +51,24 @@ class Trajectory:
 
 
 class Batch(NamedTuple):
-    """Trajectories as fixed-shape arrays. Row b of every array is the same trajectory.
+    """Trajectories as fixed-shape arrays, one or more a row. Row b of every array holds the same trajectories.
 
-    student_tokens_BT  int32, plain prompt then response, padded on the right.
-    student_at_BR      int32, the position in that row whose hidden state predicts response token r.
-    target_tokens_BT, target_at_BR   the same response after the target's own prompt (its T may differ); a (B, 1) array
-                       of zeros and the student's positions when the recipe has no target.
-    response_BR        int32, the response ids.
-    weight_BR          float32, 0 at padding; the reduction is inside it (1 / global token count for a token mean).
+    student_tokens_BT    int32, plain prompt then response, trajectory after trajectory, padded on the right.
+    student_segments_BT  int32, which trajectory of the row a token belongs to, from 1 on; 0 is padding.
+    student_at_BR        int32, the position in that row whose hidden state predicts response token r.
+    target_tokens_BT, target_segments_BT, target_at_BR   the same responses after the target's own prompts (its T may
+                         differ); (B, 1) arrays of zeros and the student's positions when the recipe has no target.
+    response_BR          int32, the response ids.
+    index_BR             int32, the number of that token in its own response, from 0 on.
+    weight_BR            float32, 0 at padding; the reduction is inside it (1 / global token count for a token mean).
     """
 
     student_tokens_BT: Array
+    student_segments_BT: Array
     student_at_BR: Array
     target_tokens_BT: Array
+    target_segments_BT: Array
     target_at_BR: Array
     response_BR: Array
+    index_BR: Array
     weight_BR: Array

@@ -1,6 +1,7 @@
 """Claims about alignment: the one place where prompt, response and target could come apart."""
 
 import functools
+import itertools
 import time
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpd_jax.data.batching import to_batch, two_bits
+from mpd_jax.data.batching import to_batch
 from mpd_jax.recipe.loss import LossConfig, fused_divergence
 from mpd_jax.types import Problem, Trajectory
 
@@ -38,7 +39,7 @@ def step():
 
 
 def batch_of(trajectories, targets, **changes):
-    settings = {"rows": 8, "reduction": "token_mean", "max_length": 4096, "eos_ids": {EOS}, **changes}
+    settings = {"reduction": "token_mean", "max_length": 4096, "eos_ids": {EOS}, "alone": True, **changes}
     return to_batch(PROBLEMS, trajectories, target_prompts=targets, **settings)
 
 
@@ -46,18 +47,38 @@ def plain(trajectories):
     return {t.problem_id: t.prompt for t in trajectories}
 
 
-def test_every_response_token_is_predicted_right_after_its_own_prefix(step):
+def found(batch, trajectories):
+    """Where each trajectory lies: (trajectory, row, its response slots, its tokens on both sides)."""
+    sides = (
+        (batch.student_tokens_BT, batch.student_segments_BT, batch.student_at_BR),
+        (batch.target_tokens_BT, batch.target_segments_BT, batch.target_at_BR),
+    )
+    responses = {t.response: t for t in trajectories}
+    assert len(responses) == len(trajectories)
+    for b in range(batch.weight_BR.shape[0]):
+        starts = [*np.flatnonzero((batch.weight_BR[b] > 0) & (batch.index_BR[b] == 0)), (batch.weight_BR[b] > 0).sum()]
+        for segment, (start, end) in enumerate(itertools.pairwise(starts), start=1):
+            slots = slice(start, end)
+            np.testing.assert_array_equal(batch.index_BR[b, slots], np.arange(end - start))
+            yield responses[tuple(batch.response_BR[b, slots])], b, slots, segment, sides
+
+
+@pytest.mark.parametrize("packing", [{"alone": True}, {"row_length": 128, "max_length": 128}, {"multiple": 3}], ids=str)
+def test_every_response_token_is_predicted_right_after_its_own_prefix(step, packing):
     trajectories, targets = step
-    batch, _ = batch_of(trajectories, targets)
-    for tokens_BT, at_BR, prompts in (
-        (batch.student_tokens_BT, batch.student_at_BR, plain(trajectories)),
-        (batch.target_tokens_BT, batch.target_at_BR, targets),
-    ):
-        for b, t in enumerate(trajectories):
+    batch, _ = batch_of(trajectories, targets, **{"alone": False, **packing})
+    places = list(found(batch, trajectories))
+    assert sorted(t.problem_id for t, *_ in places) == sorted(t.problem_id for t in trajectories)
+    assert any(segment > 1 for *_, segment, _ in places) != packing.get("alone", False)
+    for t, b, slots, segment, sides in places:
+        for (tokens_BT, segments_BT, at_BR), prompts in zip(sides, (plain(trajectories), targets), strict=True):
+            own = segments_BT[b] == segment
+            assert tuple(tokens_BT[b, own]) == (*prompts[t.problem_id], *t.response)
+            first = np.flatnonzero(own)[0]
             for r, token in enumerate(t.response):
-                prefix = (*prompts[t.problem_id], *t.response[:r])
-                assert tuple(tokens_BT[b, : at_BR[b, r] + 1]) == prefix
-                assert tokens_BT[b, at_BR[b, r] + 1] == token == batch.response_BR[b, r]
+                at = at_BR[b, slots][r]
+                assert tuple(tokens_BT[b, first : at + 1]) == (*prompts[t.problem_id], *t.response[:r])
+                assert tokens_BT[b, at + 1] == token and segments_BT[b, at] == segment
 
 
 def test_equal_contexts_give_equal_arrays(step):
@@ -76,15 +97,17 @@ def toy():
     }
 
 
-def hidden(weights, tokens_BT, at_BR):
-    """A causal model that mixes the whole prefix, order included."""
+def hidden(weights, tokens_BT, segments_BT, at_BR):
+    """A causal model that mixes the whole prefix of a token's own segment, order included."""
 
-    def mix(state_BD, token_B):
+    def mix(carried, inputs):
+        (state_BD, before_B), (token_B, segment_B) = carried, inputs
+        state_BD = jnp.where((segment_B == before_B)[:, None], state_BD, 0.0)
         state_BD = jnp.tanh(0.7 * state_BD + weights["embedding_VD"][token_B])
-        return state_BD, state_BD
+        return (state_BD, segment_B), state_BD
 
-    start_BD = jnp.zeros((tokens_BT.shape[0], 8))
-    _, h_TBD = jax.lax.scan(mix, start_BD, jnp.asarray(tokens_BT).T)
+    start = jnp.zeros((tokens_BT.shape[0], 8)), jnp.zeros(tokens_BT.shape[0], jnp.int32)
+    _, h_TBD = jax.lax.scan(mix, start, (jnp.asarray(tokens_BT).T, jnp.asarray(segments_BT).T))
     return jnp.take_along_axis(jnp.swapaxes(h_TBD, 0, 1), jnp.asarray(at_BR)[:, :, None], axis=1).reshape(-1, 8)
 
 
@@ -92,9 +115,9 @@ def hidden(weights, tokens_BT, at_BR):
 def toy_loss(weights, frozen, batch, kind):
     def loss(weights):
         total, _ = fused_divergence(
-            hidden(weights, batch.student_tokens_BT, batch.student_at_BR),
+            hidden(weights, batch.student_tokens_BT, batch.student_segments_BT, batch.student_at_BR),
             weights["head_VD"],
-            jax.lax.stop_gradient(hidden(frozen, batch.target_tokens_BT, batch.target_at_BR)),
+            jax.lax.stop_gradient(hidden(frozen, batch.target_tokens_BT, batch.target_segments_BT, batch.target_at_BR)),
             frozen["head_VD"],
             jnp.asarray(batch.weight_BR).reshape(-1),
             loss=LossConfig(kind=kind),
@@ -114,11 +137,11 @@ def test_a_self_target_under_equal_contexts_gives_no_loss_and_no_gradient(step, 
     assert other > 1e-3
 
 
-def test_neither_buckets_nor_rows_nor_order_change_the_loss(step):
+def test_neither_packing_nor_rows_nor_order_change_the_loss(step):
     trajectories, targets = step
     reference, gradient = toy_loss(toy(), toy(), batch_of(trajectories, targets)[0], "reverse_kl")
     shuffled = trajectories[::-1]
-    for changes in ({"bucket": lambda n: n}, {"bucket": lambda n: 100}, {"rows": 5}, {"rows": 11}):
+    for changes in ({"max_length": 100}, {"multiple": 11}, {"alone": False}, {"alone": False, "row_length": 5000}):
         loss, other = toy_loss(toy(), toy(), batch_of(shuffled, targets, **changes)[0], "reverse_kl")
         np.testing.assert_allclose(loss, reference, rtol=1e-6)
         for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True):
@@ -162,7 +185,8 @@ def test_weights_hold_the_reduction(step):
 def test_without_a_target_its_array_is_empty(step):
     trajectories, _ = step
     batch, _ = batch_of(trajectories, None)
-    assert batch.target_tokens_BT.shape == (8, 1) and not batch.target_tokens_BT.any()
+    assert batch.target_tokens_BT.shape == batch.target_segments_BT.shape == (5, 1)
+    assert not batch.target_tokens_BT.any()
     np.testing.assert_array_equal(batch.target_at_BR, batch.student_at_BR)
 
 
@@ -176,12 +200,12 @@ def test_rows_follow_problem_and_attempt_whatever_the_order_of_trajectories():
 def test_what_is_too_long_on_either_side_is_dropped_and_counted_never_cut():
     short, long = trajectory(0, [1] * 10, [2] * 9 + [EOS]), trajectory(1, [1] * 10, [2] * 29 + [EOS])
     _, report = batch_of([short, long], None, max_length=39)
-    assert (report.rows, report.too_long, report.tokens) == (1, 1, 10)
+    assert (report.trajectories, report.too_long, report.tokens) == (1, 1, 10)
     targets = {"p0": (3,) * 30, "p1": (3,)}
     batch, report = batch_of([short, long], targets, max_length=40)
-    assert (report.rows, report.too_long) == (2, 0) and batch.student_tokens_BT.shape[1] == 40
+    assert (report.trajectories, report.too_long) == (2, 0) and batch.student_tokens_BT.shape[1] == 40
     batch, report = batch_of([short, long], {**targets, "p0": (3,) * 31}, max_length=40)
-    assert (report.rows, report.too_long) == (1, 1)
+    assert (report.trajectories, report.too_long) == (1, 1)
     assert batch.response_BR[0].tolist()[:30] == list(long.response)
 
 
@@ -189,24 +213,25 @@ def test_dropped_trajectories_stay_out_and_an_empty_step_has_no_weight():
     gone = trajectory(0, [1], [2, EOS], dropped=True)
     batch, report = batch_of([gone], {"p0": (1,)})
     assert not batch.weight_BR.any() and batch.student_at_BR.min() >= 0
-    assert (report.rows, report.tokens, report.too_long) == (0, 0, 0)
+    assert (report.trajectories, report.tokens, report.too_long) == (0, 0, 0)
     _, report = batch_of([gone, trajectory(1, [1], [2, EOS])], None)
-    assert report.rows == 1 and report.padding == pytest.approx(1 - 3 / (8 * 64))
-
-
-def test_two_bits_gives_few_lengths_that_hold_what_they_must():
-    lengths = [two_bits(n) for n in range(1, 32769)]
-    assert all(length >= n for n, length in enumerate(lengths, start=1))
-    assert len(set(lengths)) == 21 and lengths[0] == 32
-    assert max(1 - n / two_bits(n) for n in range(32, 32769)) <= 1 / 3
+    assert report.trajectories == 1
 
 
 def test_a_pod_sized_step_is_packed_in_seconds():
     rng = np.random.default_rng(0)
-    problems = [Problem(f"p{i}", "?") for i in range(128)]
-    made = [trajectory(i, range(100), [*rng.integers(10, 99, 9_998).tolist(), EOS]) for i in range(128)]
+    problems = [Problem(f"p{i}", "?") for i in range(120)]
+    made = [trajectory(i, range(100), [*rng.integers(10, 99, 9_998).tolist(), EOS]) for i in range(120)]
     start = time.process_time()
     batch, _ = to_batch(
-        problems, made, target_prompts=plain(made), rows=128, reduction="sum", max_length=16384, eos_ids={EOS}
+        problems,
+        made,
+        target_prompts=plain(made),
+        reduction="sum",
+        max_length=16384,
+        row_length=32768,
+        multiple=4,
+        eos_ids={EOS},
     )
-    assert batch.weight_BR.sum() == 128 * 9_999 and time.process_time() - start < 5
+    assert batch.student_tokens_BT.shape[0] == 40
+    assert batch.weight_BR.sum() == 120 * 9_999 and time.process_time() - start < 5

@@ -70,7 +70,11 @@ def to_batch(problems, trajectories):
         weight_BR[row, : len(t.response)] = 1
         tokens_BT[row, : len(PROMPT) + len(t.response)] = PROMPT + t.response
     at_BR = np.broadcast_to(len(PROMPT) - 1 + np.arange(RESPONSE, dtype=np.int32), (4, RESPONSE))
-    return Batch(tokens_BT, at_BR, tokens_BT, at_BR, response_BR, weight_BR / max(1.0, weight_BR.sum()))
+    lengths = np.array([len(PROMPT) + len(t.response) for t in rows] + [0] * (4 - len(rows)))
+    segments_BT = (np.arange(tokens_BT.shape[1])[None] < lengths[:, None]).astype(np.int32)
+    index_BR = np.broadcast_to(np.arange(RESPONSE, dtype=np.int32), (4, RESPONSE))
+    side = tokens_BT, segments_BT, at_BR
+    return Batch(*side, *side, response_BR, index_BR, weight_BR / max(1.0, weight_BR.sum()))
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,12 @@ def make_batch(prompt=(4, 7), seed=0, rows=ROWS) -> Batch:
     def side(length: int):
         tokens_BT = np.concatenate([rng.integers(0, VOCAB, (rows, length)), response_BR], axis=1)
         at_BR = np.broadcast_to(length - 1 + np.arange(RESPONSE), (rows, RESPONSE))
-        return tokens_BT.astype(np.int32), at_BR.astype(np.int32)
+        segments_BT = np.arange(length + RESPONSE)[None] < length + lengths[:, None]
+        return tokens_BT.astype(np.int32), segments_BT.astype(np.int32), at_BR.astype(np.int32)
 
     student, target = side(prompt[0]), side(prompt[1])
-    return Batch(*student, *target, response_BR, weight_BR / weight_BR.sum())
+    index_BR = np.broadcast_to(np.arange(RESPONSE, dtype=np.int32), (rows, RESPONSE))
+    return Batch(*student, *target, response_BR, index_BR, weight_BR / weight_BR.sum())
 
 
 def weights_of(model: Model, seed: int, mesh=None):
@@ -153,7 +155,8 @@ def test_a_copy_of_the_student_under_the_same_context_gives_no_loss_and_no_gradi
     update = make_update(student, student, LossConfig(kind=kind), GRADIENT, None, vocab_size=VOCAB)
     weights = weights_of(student, 0)
     batch = make_batch()
-    batch = batch._replace(target_tokens_BT=batch.student_tokens_BT, target_at_BR=batch.student_at_BR)
+    sides = ("tokens_BT", "segments_BT", "at_BR")
+    batch = batch._replace(**{f"target_{name}": getattr(batch, f"student_{name}") for name in sides})
     copy = jax.tree.map(jnp.copy, weights)
     trained, out = update(Trained(weights, init_opt_state(GRADIENT, weights)), copy, batch)
     assert abs(out["loss"]) < 1e-7
@@ -242,7 +245,6 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(adam):
 
 
 def test_divergence_is_counted_in_the_bucket_of_its_position():
-    length = 20
-    counts_R = jnp.tile(jnp.arange(length) < 17, 2)
-    sums = position_sums(jnp.ones(2 * length), counts_R, length)
+    index_R = jnp.tile(jnp.arange(20), 2)
+    sums = position_sums(jnp.ones(40), index_R < 17, index_R)
     np.testing.assert_array_equal(sums, [8, 24, 2, 0, 0, 0, 0, 0])

@@ -1,41 +1,33 @@
 """Trajectories into one Batch: the file where prompt, response and target stay aligned.
 
 Response token r is predicted by the hidden state just before it, in the student's array (plain prompt) and in the
-target's (its own prompt) alike; every trajectory has the same row in both. Nothing is appended, cut or encoded here.
+target's (its own prompt) alike; a trajectory has the same row in both, alone or packed beside others (data/packing.py).
+Nothing is appended, cut or encoded here.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from mpd_jax.data.packing import pack
 from mpd_jax.types import Batch, Problem, Trajectory
 
-Bucket = Callable[[int], int]
-_SHORTEST = 32
+Members = Sequence[Sequence[int]]  # the trajectories of each row, by number
 
 
 @dataclass(frozen=True)
 class BatchReport:
     """What became of a step's trajectories.
 
-    rows, tokens: trajectories and response tokens that are trained on. too_long: trajectories left out because prompt
-    and response exceed max_length on either side. padding: the share of the student's array that is padding.
+    trajectories, tokens: how many trajectories and response tokens are trained on. too_long: trajectories left out
+    because prompt and response exceed max_length on either side.
     """
 
-    rows: int
+    trajectories: int
     tokens: int
     too_long: int
-    padding: float
-
-
-def two_bits(length: int) -> int:
-    """The smallest number of the form 2^k or 3 * 2^(k-1), 32 or more, that holds `length`: two shapes an octave.
-
-    Up to 32,768 tokens there are 21. At most a third of a row is padding beyond the longest trajectory.
-    """
-    power = max(_SHORTEST, 1 << max(length - 1, 0).bit_length())
-    return power * 3 // 4 if power * 3 // 4 >= max(length, _SHORTEST) else power
 
 
 def to_batch(
@@ -43,17 +35,18 @@ def to_batch(
     trajectories: Sequence[Trajectory],
     *,
     target_prompts: Mapping[str, Sequence[int]] | None,
-    rows: int,
     reduction: str,
     max_length: int,
     eos_ids: Collection[int],
-    bucket: Bucket = two_bits,
+    row_length: int | None = None,
+    multiple: int = 1,
+    alone: bool = False,
 ) -> tuple[Batch, BatchReport]:
-    """The trajectories that were not dropped, as arrays of `rows` rows, and a report.
+    """The trajectories that were not dropped, as arrays, and a report.
 
-    target_prompts: problem id -> the ids the target reads before the response; None where there is no target. A row
-    is in the order of its problem and attempt. The result's shapes are functions of the buckets of the longest prompt
-    and of the longest response, so that few of them are compiled. Rows that nothing fills have weight 0.
+    target_prompts: problem id -> the ids the target reads before the response; None where there is no target.
+    row_length, multiple, alone: as `pack` takes them; rows of max_length unless told. Rows that nothing fills have
+    weight 0. Unpacked, rows are in the order of problem and attempt.
     """
     order = {problem.id: at for at, problem in enumerate(problems)}
     live = [t for t in trajectories if not t.dropped]
@@ -64,25 +57,29 @@ def to_batch(
         return max(len(t.prompt), len(targets.get(t.problem_id, ()))) + len(t.response)
 
     kept = [t for t in live if longest(t) <= max_length]
-    assert len(kept) <= rows, f"{len(kept)} trajectories for {rows} rows"
     for t in kept:
-        _check_end(t, eos_ids)
+        _check_ends(t, eos_ids)
     responses = [t.response for t in kept]
-    room = min(bucket(max(map(len, responses), default=1)), max_length)
-    response_BR, live_BR = _padded(responses, rows, room)
-    student_BT, student_at_BR = _side([t.prompt for t in kept], response_BR, live_BR, bucket, max_length)
-    if target_prompts is None:
-        target_BT, target_at_BR = np.zeros((rows, 1), np.int32), student_at_BR
-    else:
-        prompts = [target_prompts[t.problem_id] for t in kept]
-        target_BT, target_at_BR = _side(prompts, response_BR, live_BR, bucket, max_length)
-    tokens = int(live_BR.sum())
-    weight = _weight(reduction, tokens)
-    batch = Batch(
-        student_BT, student_at_BR, target_BT, target_at_BR, response_BR, np.where(live_BR, weight, np.float32(0))
+    students = [t.prompt for t in kept]
+    readers = students if target_prompts is None else [targets[t.problem_id] for t in kept]
+    student, target = (
+        [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)] for prompts in (students, readers)
     )
-    filled = sum(len(t.prompt) + len(t.response) for t in kept)
-    return batch, BatchReport(len(kept), tokens, len(live) - len(kept), 1 - filled / student_BT.size)
+    packing = pack(
+        student, target, list(map(len, responses)), row_length=row_length or max_length, multiple=multiple, alone=alone
+    )
+    side = partial(_side, packing.members, responses)
+    slots = packing.rows, packing.responses
+    student_arrays = side(students, (packing.rows, packing.student), slots)
+    if target_prompts is None:
+        empty = np.zeros((packing.rows, 1), np.int32)
+        target_arrays = empty, empty, student_arrays[2]
+    else:
+        target_arrays = side(readers, (packing.rows, packing.target), slots)
+    response_BR, index_BR, live_BR = _slots(packing.members, responses, slots)
+    weight = _weight(reduction, int(live_BR.sum()))
+    batch = Batch(*student_arrays, *target_arrays, response_BR, index_BR, np.where(live_BR, weight, np.float32(0)))
+    return batch, BatchReport(len(kept), int(live_BR.sum()), len(live) - len(kept))
 
 
 def _weight(reduction: str, tokens: int) -> np.float32:
@@ -91,35 +88,51 @@ def _weight(reduction: str, tokens: int) -> np.float32:
     return np.float32(weights[reduction])
 
 
-def _check_end(t: Trajectory, eos_ids: Collection[int]) -> None:
+def _check_ends(t: Trajectory, eos_ids: Collection[int]) -> None:
     """EOS is a target exactly where the trajectory ended: an EOS after a cut would teach stopping early."""
     ends = bool(t.response) and t.response[-1] in eos_ids
-    assert t.response and ends == (t.ended != "cut"), (
-        f"problem {t.problem_id}, attempt {t.attempt}: {len(t.response)} tokens, ended {t.ended!r}, EOS last: {ends}"
+    assert t.prompt and t.response and ends == (t.ended != "cut"), (
+        f"problem {t.problem_id}, attempt {t.attempt}: {len(t.prompt)} and {len(t.response)} tokens, "
+        f"ended {t.ended!r}, EOS last: {ends}"
     )
 
 
-def _padded(sequences: Sequence[Sequence[int]], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 ids (rows, width), zero where there are none, and where there are some."""
-    lengths = np.zeros(rows, np.int64)
-    lengths[: len(sequences)] = [len(s) for s in sequences]
-    filled = np.arange(width)[None, :] < lengths[:, None]
-    padded = np.zeros((rows, width), np.int32)
-    if sequences:
-        padded[filled] = np.concatenate([np.asarray(s, np.int32) for s in sequences])
-    return padded, filled
+def _placed(members: Members, lengths: Sequence[int]) -> Iterator[tuple[int, int, int, slice]]:
+    """(trajectory, row, its number in the row, where it lies there) when each takes its length."""
+    for row, inside in enumerate(members):
+        start = 0
+        for number, at in enumerate(inside):
+            yield at, row, number, slice(start, start + lengths[at])
+            start += lengths[at]
 
 
 def _side(
-    prompts: Sequence[Sequence[int]], response_BR: np.ndarray, live_BR: np.ndarray, bucket: Bucket, max_length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (B, T) of prompt then response, and for each response token the position just before it."""
-    rows, room = response_BR.shape
-    width = bucket(max(map(len, prompts), default=1))
-    tokens_BT, _ = _padded(prompts, rows, min(width + room, max_length))
-    starts = np.zeros(rows, np.int32)
-    starts[: len(prompts)] = [len(p) for p in prompts]
-    at_BR = starts[:, None] + np.arange(room, dtype=np.int32)[None, :]
-    row, column = np.nonzero(live_BR)
-    tokens_BT[row, at_BR[row, column]] = response_BR[row, column]
-    return tokens_BT, np.where(live_BR, at_BR - 1, 0).astype(np.int32)
+    members: Members,
+    responses: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
+    shape: tuple[int, int],
+    slots: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens and segments (B, T), prompt then response, and for each response token (B, R) the position before it."""
+    tokens_BT, segments_BT, at_BR = (np.zeros(size, np.int32) for size in (shape, shape, slots))
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    whole, own = _placed(members, lengths), _placed(members, list(map(len, responses)))
+    for (at, row, number, span), (*_, slot) in zip(whole, own, strict=True):
+        first = span.start + len(prompts[at])
+        tokens_BT[row, span.start : first] = prompts[at]
+        tokens_BT[row, first : span.stop] = responses[at]
+        segments_BT[row, span] = number + 1
+        at_BR[row, slot] = np.arange(first, span.stop) - 1
+    return tokens_BT, segments_BT, at_BR
+
+
+def _slots(
+    members: Members, responses: Sequence[Sequence[int]], slots: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Response ids (B, R), their numbers in their own responses, and where there are any."""
+    response_BR, index_BR, live_BR = np.zeros(slots, np.int32), np.zeros(slots, np.int32), np.zeros(slots, bool)
+    for at, row, _, slot in _placed(members, list(map(len, responses))):
+        response_BR[row, slot] = responses[at]
+        index_BR[row, slot] = np.arange(len(responses[at]))
+        live_BR[row, slot] = True
+    return response_BR, index_BR, live_BR

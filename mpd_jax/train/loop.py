@@ -146,8 +146,8 @@ class _Run:
     ) -> None:
         """Host work while the device updates; then the figures of the step before, which are ready by now."""
         row = summarise(trajectories)
-        rows = 0 if batch is None else int(np.any(np.asarray(batch.weight_BR) > 0, axis=1).sum())
-        row["too_long"] = row["trajectories"] - row["dropped"] - rows
+        row |= rows_of(batch)
+        row["too_long"] = row["trajectories"] - row["dropped"] - row["trained"]
         if self.parts.grade is not None:
             row["rollout_accuracy"] = self.parts.grade(problems, [t.original or t for t in trajectories])
         self.parts.metrics.add(step, out, row, self.parts.clock.take())
@@ -186,6 +186,16 @@ class _Run:
         self.parts.clock.begin(state.step - 1, "save")
         self.parts.checkpoints.save(state)
         self.parts.clock.take()()
+
+
+def rows_of(batch: Batch | None) -> Row:
+    """How many trajectories are trained on, in how many rows of how many tokens, and the share that is padding."""
+    if batch is None:
+        return {"trained": 0}
+    first_BR = (np.asarray(batch.index_BR) == 0) & (np.asarray(batch.weight_BR) > 0)
+    rows, length = batch.student_segments_BT.shape
+    padding = float(np.mean(np.asarray(batch.student_segments_BT) == 0))
+    return {"trained": int(first_BR.sum()), "rows": rows, "row_length": length, "padding": round(padding, 6)}
 
 
 def save_batch(path: Path, batch: Batch, problem_ids: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mpd_jax.models.decoder import Model
+from mpd_jax.models.kernels import takes_segments
 from mpd_jax.recipe.loss import LossConfig, fused_cross_entropy, fused_divergence
 from mpd_jax.sharding import batch_sharding
 from mpd_jax.train.state import PyTree, Trained, trained_shardings
@@ -34,10 +35,9 @@ def response_rows(hidden_BTD: jax.Array, at_BR: jax.Array) -> jax.Array:
     return picked_BRD.reshape(-1, picked_BRD.shape[-1])
 
 
-def position_sums(value_R: jax.Array, counts_R: jax.Array, response_length: int) -> jax.Array:
-    """Sum of `value_R` over the tokens that count, in each bucket of response positions."""
-    position_R = jnp.arange(value_R.shape[0]) % response_length
-    bucket_R = jnp.searchsorted(jnp.array(POSITION_EDGES), position_R, side="right")
+def position_sums(value_R: jax.Array, counts_R: jax.Array, index_R: jax.Array) -> jax.Array:
+    """Sum of `value_R` over the tokens that count, in each bucket of positions in the token's own response."""
+    bucket_R = jnp.searchsorted(jnp.array(POSITION_EDGES), index_R, side="right")
     return jax.ops.segment_sum(jnp.where(counts_R, value_R, 0.0), bucket_R, len(POSITION_EDGES) + 1)
 
 
@@ -55,10 +55,12 @@ class Update:
         mesh: Mesh | None,
         pieces: int,
         shardings: Trained | None,
+        alone: bool = False,
     ):
         self.traces = 0
         self._mesh = mesh
         self._pieces = pieces
+        self._alone = alone
 
         def traced(trained: Trained, target_weights: PyTree, batch: TracedBatch) -> tuple[Trained, Out]:
             self.traces += 1
@@ -86,10 +88,11 @@ class Update:
         shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
         if rows % (shards * self._pieces):
             raise UserError(
-                f"a batch of {rows} rows (train.batch_size x attempts) does not divide into train.micro_batches = "
-                f"{self._pieces} pieces over data x fsdp = {shards} devices; "
-                f"choose a multiple of {shards * self._pieces}"
+                f"a batch of {rows} rows does not divide into train.micro_batches = {self._pieces} pieces over data x "
+                f"fsdp = {shards} devices; make a multiple of {shards * self._pieces} rows"
             )
+        packed = self._alone and max(np.max(batch.student_segments_BT), np.max(batch.target_segments_BT)) > 1
+        assert not packed, "rows of several trajectories for an attention kernel that takes one; see to_batch(alone=)"
         if self._mesh is None:
             return jax.tree.map(jnp.asarray, batch)
         sharding = batch_sharding(self._mesh)
@@ -112,10 +115,12 @@ def make_update(
     micro_batches: int = 1,
 ) -> Update:
     """The update of a recipe; `target` None trains on the response tokens themselves."""
+    student, target = student.on(mesh), target.on(mesh) if target else None
     shardings = trained_shardings(student, tx, mesh) if mesh is not None else None
 
     def objective(weights: PyTree, target_rows: tuple[jax.Array, jax.Array] | None, batch: TracedBatch):
-        rows_RD = response_rows(student.hidden(weights, batch.student_tokens_BT), batch.student_at_BR)
+        hidden_BTD = student.hidden(weights, batch.student_tokens_BT, segments_BT=batch.student_segments_BT)
+        rows_RD = response_rows(hidden_BTD, batch.student_at_BR)
         head_VD, weight_R = student.head(weights), batch.weight_BR.reshape(-1)
         if target_rows is None:
             labels_R = batch.response_BR.reshape(-1)
@@ -128,13 +133,13 @@ def make_update(
         """Gradient and sums of one micro-batch. The target is read outside the differentiated function."""
         target_rows = None
         if target is not None:
-            hidden_BTE = target.hidden(target_weights, batch.target_tokens_BT)
+            hidden_BTE = target.hidden(target_weights, batch.target_tokens_BT, segments_BT=batch.target_segments_BT)
             rows_RE = response_rows(hidden_BTE, batch.target_at_BR)
             target_rows = jax.lax.stop_gradient((rows_RE, target.head(target_weights)))
         (value, stats), gradient = jax.value_and_grad(objective, has_aux=True)(weights, target_rows, batch)
         if shardings is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, shardings.weights)
-        return gradient, {"loss": value, **token_sums(stats, batch.weight_BR)}
+        return gradient, {"loss": value, **token_sums(stats, batch)}
 
     def body(trained: Trained, target_weights: PyTree, batch: TracedBatch) -> tuple[Trained, Out]:
         gradient, out = accumulate(
@@ -147,14 +152,14 @@ def make_update(
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, trained)
         return kept, {**out, "grad_norm": norm, "finite": finite}
 
-    return Update(body, mesh, micro_batches, shardings)
+    alone = not all(takes_segments(model.attention) for model in (student, target) if model)
+    return Update(body, mesh, micro_batches, shardings, alone)
 
 
-def token_sums(stats: dict[str, jax.Array], weight_BR: jax.Array) -> Out:
-    counts_R = weight_BR.reshape(-1) > 0
-    length = weight_BR.shape[1]
-    at = position_sums(stats["loss"], counts_R, length)
-    tokens_at = position_sums(jnp.ones_like(stats["loss"]), counts_R, length)
+def token_sums(stats: dict[str, jax.Array], batch: TracedBatch) -> Out:
+    counts_R, index_R = batch.weight_BR.reshape(-1) > 0, batch.index_BR.reshape(-1)
+    at = position_sums(stats["loss"], counts_R, index_R)
+    tokens_at = position_sums(jnp.ones_like(stats["loss"]), counts_R, index_R)
     sums = {"tokens": tokens_at.sum(), "divergence": at.sum(), "divergence_at": at, "tokens_at": tokens_at}
     for name in ("student_entropy", "target_entropy"):
         if name in stats:
