@@ -171,6 +171,7 @@ def build(
             clock=clock,
             teacher_weights=teacher_weights if target_files is roles.teacher else None,
             refresh=partial(target.refresh, config.recipe.target),
+            profile_steps=config.train.profile_steps,
             grade=partial(_share_right, chat=student.chat),
         )
         close = stack.pop_all().close
@@ -192,7 +193,15 @@ def _start(
 
 def _fingerprint(config: RunConfig) -> str:
     """A hash of whatever a step's trajectories depend on; records made under another are made again."""
-    free = ("run.dir", "eval", "train.save_every", "train.keep", *(["train.steps"] if config.steps_are_free else []))
+    free = (
+        "run.dir",
+        "run.compile_cache",
+        "eval",
+        "train.save_every",
+        "train.keep",
+        "train.profile_steps",
+        *(["train.steps"] if config.steps_are_free else []),
+    )
     text = json.dumps({k: v for k, v in flat(dataclasses.asdict(config)).items() if not under(k, free)}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

@@ -26,10 +26,15 @@ from mpd_jax.types import UserError
 
 @dataclass(frozen=True)
 class RunSection:
-    """Where the run lives, a directory on this machine or mounted there, and its one root seed."""
+    """Where the run lives, a directory on this machine or mounted there, and its one root seed.
+
+    compile_cache: a directory or gs:// address where compiled programs are kept: a later start, of this run or of
+    another with the same shapes on the same devices, compiles nothing that it holds.
+    """
 
     dir: str
     seed: int = 0
+    compile_cache: str | None = None
 
     def __post_init__(self) -> None:
         if "://" in self.dir or not self.dir.strip() or not self.dir.isprintable():

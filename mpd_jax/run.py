@@ -37,6 +37,7 @@ from mpd_jax.types import UserError
 # run that failed to go on. Everything else would make it another run.
 FREE = (
     "run.dir",
+    "run.compile_cache",
     "eval",
     "mesh",
     "sampling.slots",
@@ -53,6 +54,7 @@ FREE = (
     "train.max_grad_norm",
     "train.micro_batches",
     "train.row_length",
+    "train.profile_steps",
     "train.save_every",
     "train.keep",
 )
@@ -62,6 +64,8 @@ BASE, CONCISE, TRAINED = "base", "prompt-only concise", "trained"
 def train(settings: RunConfig) -> Path:
     """Evaluate, train, evaluate again, sum up. Returns the run directory."""
     screen, run_dir, began = Screen(), Path(settings.run.dir), time.perf_counter()
+    if settings.run.compile_cache:
+        keep_compiled(settings.run.compile_cache)
     steps = settings.train.steps
     with locked(run_dir), screen.bar("training", steps) as advance:
         refuse_another_run(run_dir, settings)
@@ -90,6 +94,16 @@ def train(settings: RunConfig) -> Path:
         screen.say(f"{dropped}; see the verdicts in {run_dir}/metrics.jsonl")
     screen.say(f"{run_dir}: summary.json, curves.png, metrics.jsonl, trajectories/, checkpoints/, evaluations/")
     return run_dir
+
+
+def keep_compiled(directory: str) -> None:
+    """Compiled programs are read from and written to `directory`, however small; call it before the first."""
+    if "://" not in directory:
+        with writing(Path(directory)):
+            Path(directory).mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @contextmanager

@@ -294,3 +294,11 @@ def test_phases_are_logged_in_order_and_a_save_is_open_until_it_is_told_written(
     ] + [["1", "save"], ["2", "write"]]
     for step in ("1", "3", "5"):
         assert lines.index([step, "save"]) < lines.index([step, "saved"])
+
+
+@pytest.mark.parametrize("steps", [(1, 1), (1, 9)], ids=["ends inside the run", "would end after it"])
+def test_profiled_steps_leave_a_trace(steps, tmp_path):
+    run(tmp_path, steps=3, profile_steps=steps, eval_every=0)
+    traces = list((tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 0
+    assert b"PjitFunction" in traces[0].read_bytes()

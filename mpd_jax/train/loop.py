@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from mpd_jax.train.checkpoint import Checkpoints
@@ -39,6 +40,7 @@ class Parts:
     refresh:        (self copy, student weights, updates done) -> self copy.
     evaluate:       (state) after every `eval_every` updates (0: never) but the last, which the caller measures; the
                     student's sampler has been loaded.
+    profile_steps:  first and last step of the trace under run_dir/profile.
     grade:          share of the written trajectories that are right, if that can be told cheaply.
     """
 
@@ -60,6 +62,7 @@ class Parts:
     refresh: Callable[[PyTree, PyTree, int], PyTree] | None = None
     evaluate: Callable[[RunState], None] | None = None
     grade: Callable[[Sequence[Problem], Sequence[Trajectory]], float | None] | None = None
+    profile_steps: tuple[int, int] | None = None
 
 
 def train(parts: Parts, state: RunState) -> RunState:
@@ -67,6 +70,7 @@ def train(parts: Parts, state: RunState) -> RunState:
     run = _Run(parts)
     try:
         for step in range(state.step, parts.steps):
+            run.profile(step)
             problems = parts.problems.at(step)
             trajectories = run.trajectories(state, problems)
             batch = run.batch(step, problems, trajectories)
@@ -79,6 +83,7 @@ def train(parts: Parts, state: RunState) -> RunState:
                 run.save(state)
         run.settle(behind=0)
     finally:
+        run.profile(None)
         parts.checkpoints.wait()
         parts.clock.end()
     return state
@@ -91,6 +96,19 @@ class _Run:
         self.parts = parts
         self.loaded: int | None = None
         self.held: dict[int, tuple[Sequence[Problem], Batch]] = {}
+        self.profiling = False
+
+    def profile(self, step: int | None) -> None:
+        """Starts the trace at its first step and ends it after its last, or when there are no more steps (None)."""
+        first, last = self.parts.profile_steps or (0, -1)
+        wanted = step is not None and first <= step <= last
+        if wanted and not self.profiling:
+            jax.profiler.start_trace(self.parts.run_dir / "profile")
+        elif self.profiling and not wanted:
+            if step is not None:
+                self.settle(behind=0)  # the device's work of the last step belongs to it
+            jax.profiler.stop_trace()
+        self.profiling = wanted
 
     def trajectories(self, state: RunState, problems: Sequence[Problem]) -> Sequence[Trajectory]:
         """From disk if a run that was killed had come that far, else sampled; on disk before anyone uses them."""

@@ -30,6 +30,7 @@ class TrainConfig:
     max_length:    tokens of prompt and response together; a longer trajectory is dropped and counted.
     row_length:    the longest row that trajectories are packed into, max_length unless given. Every shape of a step's
                    rows is compiled once (data/packing.py). Where attention takes no segments, a row is one trajectory.
+    profile_steps: [first, last] steps, counted from 0, whose trace is written under run.dir/profile; xprof opens it.
     """
 
     steps: int = 100
@@ -47,12 +48,15 @@ class TrainConfig:
     keep: int = 2
     max_length: int = 4096
     row_length: int | None = None
+    profile_steps: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batches", "save_every", "keep", "max_length"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         allowed = f"at least train.max_length = {self.max_length}"
         self._require("row_length", self.row_length is None or self.row_length >= self.max_length, allowed)
+        first, last = self.profile_steps or (0, 0)
+        self._require("profile_steps", 0 <= first <= last, "[first, last] with 0 <= first <= last")
         for name in ("learning_rate", "eps"):
             self._require(name, 0 < getattr(self, name) < float("inf"), "above 0 and finite")
         for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
