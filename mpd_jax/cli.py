@@ -117,7 +117,7 @@ def show_config(config: Config, overrides: Overrides = None) -> None:
     typer.echo(to_yaml(load(config, overrides or [])), nl=False)
 
 
-bench = typer.Typer(no_args_is_help=True, help="Measure this machine: the fused head, the sampler.")
+bench = typer.Typer(no_args_is_help=True, help="Measure this machine: the fused head, the sampler, packing.")
 app.add_typer(bench, name="bench")
 
 
@@ -140,6 +140,16 @@ def bench_sample(as_json: Json = False) -> None:
     from mpd_jax import bench_sample
 
     result = bench_sample.run(json=as_json)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+
+
+@bench.command("pack")
+def bench_pack(as_json: Json = False) -> None:
+    """Padding with and without packing, and what packing gains in a train step."""
+    from mpd_jax import bench_pack
+
+    result = bench_pack.run(json=as_json)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
 

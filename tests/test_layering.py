@@ -20,7 +20,7 @@ LAYERS = [
     {"build"},
     {"run"},
     {"use"},
-    {"bench_head", "bench_sample"},
+    {"bench_head", "bench_pack", "bench_sample"},
     {"cli"},
     {"__main__"},
 ]
