@@ -78,8 +78,8 @@ def lengths(seed: int) -> np.ndarray:
 
 
 def _packing(drawn: np.ndarray, form: str, row: int) -> Packing:
-    alone = form == "unpacked"
-    return pack(drawn, drawn, drawn, row_length=int(drawn.max()) if alone else row, multiple=1, alone=alone)
+    alone, tokens = form == "unpacked", drawn.tolist()
+    return pack(tokens, tokens, tokens, row_length=int(drawn.max()) if alone else row, multiple=1, alone=alone)
 
 
 def _padding(drawn: np.ndarray, form: str) -> float:
