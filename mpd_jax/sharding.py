@@ -36,6 +36,9 @@ RULES: dict[str, tuple[MeshAxes, MeshAxes]] = {
     "kv_heads": ("tensor", "tensor"),
     "head": (None, None),
     "mlp": ("tensor", "tensor"),
+    "experts": ("tensor", "tensor"),
+    "expert_mlp": (None, None),
+    "routes": (None, None),
     "length": (None, None),
     "norm": (None, None),
 }

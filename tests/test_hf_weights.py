@@ -43,6 +43,15 @@ QWEN3 = {
     "attention_bias": False,
     "tie_word_embeddings": True,
 }
+QWEN3_MOE = {
+    **{k: v for k, v in QWEN3.items() if k != "intermediate_size"},
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 6,
+    "norm_topk_prob": True,
+}
 TOKENIZER = {
     "tokenizer.json": b'{"odd":  "spacing"}\n\n',
     "tokenizer_config.json": b"{}",
@@ -109,15 +118,25 @@ def test_tensors_lie_as_transformers_lays_them(tmp_path):
     assert set(held) == {t.name for t in hf_weights._tensors(Model(load_config(directory)))} and len(held) == 3 + 3 * 16
 
 
-@pytest.mark.parametrize("config", [CONFIG, QWEN3], ids=["llama", "qwen3"])
+def test_every_expert_is_a_tensor_of_its_own(tmp_path):
+    directory, _, weights = write_model(tmp_path, QWEN3_MOE)
+    held, mlp = load_file(directory / "model.safetensors"), weights["blocks"]["mlp"]
+    for name, ours in (("gate_proj", "expert_gate"), ("up_proj", "expert_up"), ("down_proj", "expert_down")):
+        np.testing.assert_array_equal(held[f"model.layers.2.mlp.experts.7.{name}.weight"], mlp[ours][2, 7].T)
+    np.testing.assert_array_equal(held["model.layers.1.mlp.gate.weight"], mlp["router"][1].T)
+    assert sum(".experts." in name for name in held) == 3 * 8 * 3
+
+
+@pytest.mark.parametrize("config", [CONFIG, QWEN3, QWEN3_MOE], ids=["llama", "qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("limit", [10**9, 700])
 def test_what_is_written_is_read(tmp_path, config, limit):
     directory, model, weights = write_model(tmp_path, config, max_shard_bytes=limit)
     same(load_weights(directory, model, one_device()), weights)
 
 
-def test_load_save_load_is_exact_to_the_byte(tmp_path):
-    directory, model, _ = write_model(tmp_path, dtype="bfloat16")
+@pytest.mark.parametrize("config", [CONFIG, QWEN3_MOE], ids=["llama", "qwen3_moe"])
+def test_load_save_load_is_exact_to_the_byte(tmp_path, config):
+    directory, model, _ = write_model(tmp_path, config, dtype="bfloat16")
     weights = load_weights(directory, model, one_device(), "bfloat16")
     assert all(x.dtype == ml_dtypes.bfloat16 for x in jax.tree.leaves(weights))
     again = export(tmp_path / "again", directory, model, weights, dtype="bfloat16")
@@ -137,10 +156,11 @@ def test_files_of_mixed_types_are_read(tmp_path):
     np.testing.assert_array_equal(read["head"], weights["head"].astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
+@pytest.mark.parametrize("config", [CONFIG, QWEN3_MOE], ids=["llama", "qwen3_moe"])
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 1, 8)])
-def test_every_device_gets_its_own_part(tmp_path, sizes):
+def test_every_device_gets_its_own_part(tmp_path, sizes, config):
     mesh = make_mesh(MeshConfig(*sizes))
-    directory, model, weights = write_model(tmp_path)
+    directory, model, weights = write_model(tmp_path, config)
     read = load_weights(directory, model, mesh)
     same(read, weights)
     placed = tree_shardings(mesh, model.logical_axes(), model.abstract())
@@ -150,8 +170,26 @@ def test_every_device_gets_its_own_part(tmp_path, sizes):
 
 
 def test_no_read_is_larger_than_one_device_s_part_of_a_layer(tmp_path, monkeypatch):
-    """So the host holds at most the parts of one of our arrays, never the file."""
+    """So the host holds at most one part of one of our arrays, never the file."""
+    read = reads(monkeypatch)
     directory, model, _ = write_model(tmp_path)
+    load_weights(directory, model, make_mesh(MeshConfig(fsdp=8)))
+    assert [size for name, size in read if name == "model.layers.1.self_attn.q_proj.weight"] == [16 * 8 // 8] * 8
+    assert [size for name, size in read if name == "lm_head.weight"] == [16 * 8 // 8] * 8
+    assert [size for name, size in read if name == "model.norm.weight"] == [8], "a replicated array is read once"
+
+
+def test_an_expert_is_read_for_the_devices_that_hold_it_and_in_their_parts(tmp_path, monkeypatch):
+    read = reads(monkeypatch)
+    directory, model, _ = write_model(tmp_path, QWEN3_MOE)
+    load_weights(directory, model, make_mesh(MeshConfig(1, 2, 4)))
+    for expert in range(8):
+        sizes = [size for name, size in read if name == f"model.layers.1.mlp.experts.{expert}.up_proj.weight"]
+        assert sizes == [6 * 8 // 2] * 2
+
+
+def reads(monkeypatch):
+    """(tensor, elements) of every read from now on, in a list that fills."""
     read, real = [], hf_weights._Checkpoint.tensor
 
     class Counted:
@@ -166,10 +204,7 @@ def test_no_read_is_larger_than_one_device_s_part_of_a_layer(tmp_path, monkeypat
             return getattr(self.held, name)
 
     monkeypatch.setattr(hf_weights._Checkpoint, "tensor", lambda self, name: Counted(name, real(self, name)))
-    load_weights(directory, model, make_mesh(MeshConfig(fsdp=8)))
-    assert [size for name, size in read if name == "model.layers.1.self_attn.q_proj.weight"] == [16 * 8 // 8] * 8
-    assert [size for name, size in read if name == "lm_head.weight"] == [16 * 8 // 8] * 8
-    assert [size for name, size in read if name == "model.norm.weight"] == [8], "a replicated array is read once"
+    return read
 
 
 def test_everything_wrong_is_named_at_once(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpd_jax.models.config import ModelConfig, RopeScaling
+from mpd_jax.models.config import Experts, ModelConfig, RopeScaling
 from mpd_jax.types import UserError
 
 HF = {
@@ -24,6 +24,14 @@ HF = {
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "norm_topk_prob": True,
+}
 
 
 def from_hf(leave_out=(), **changed):
@@ -37,6 +45,28 @@ def test_both_spellings_of_rotary_positions_mean_the_same():
     scaled = from_hf(rope_scaling={"rope_type": "llama3", **LLAMA3})
     assert scaled.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
     assert from_hf(["rope_theta"], rope_parameters={"rope_type": "llama3", "rope_theta": 5e6, **LLAMA3}) == scaled
+
+
+def test_experts_are_read_as_transformers_4_and_5_write_them():
+    moe = from_hf(**MOE)
+    assert moe.experts == Experts(8, 2, True) and moe.intermediate_size == 12 and moe.qk_norm
+    new = {**MOE, "num_experts": None, "num_local_experts": 8}
+    assert from_hf(**new) == from_hf(**MOE, num_local_experts=8) == moe and from_hf().experts is None
+    assert not from_hf(**{**MOE, "norm_topk_prob": False}).experts.normalised
+    silent = {
+        "router_aux_loss_coef": 0.1,
+        "output_router_logits": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    assert from_hf(["intermediate_size"], **MOE, **silent) == moe
+    assert from_hf(["head_dim"], **MOE).head_dim == 4, "the size that leaving it out means in this family"
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"])
+def test_nothing_about_experts_has_a_default(key):
+    with pytest.raises(UserError, match=rf"{key} is missing"):
+        from_hf(**{**MOE, key: None})
 
 
 def test_keys_that_change_nothing_are_read_over():
@@ -80,6 +110,13 @@ def test_biases_are_the_family_s():
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: quantised weights are not supported"),
         ({"num_experts": 8}, "num_experts = 8 is not known, and may change what the model computes"),
+        ({"decoder_sparse_step": 1}, "decoder_sparse_step = 1 is not known"),
+        ({**MOE, "decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported; 1, experts in every layer, is"),
+        ({**MOE, "mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported; an empty list"),
+        ({**MOE, "num_local_experts": 4}, "num_experts = 8 differs from num_local_experts = 4"),
+        ({**MOE, "num_experts_per_tok": 9}, "num_experts_per_tok = 9 must not be above num_experts = 8"),
+        ({**MOE, "shared_expert_intermediate_size": 4}, "shared_expert_intermediate_size = 4 is not known"),
+        ({**MOE, "mlp_bias": True}, "mlp_bias = True is not supported for Qwen3MoeForCausalLM"),
         ({"mlp_bias": True}, "mlp_bias = True is not supported for Qwen3ForCausalLM"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling.rope_type = \['yarn'\] is not supported"),
         ({"rope_scaling": {"rope_type": "default", "mrope_section": [1]}}, "rope_scaling.mrope_section"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mpd_jax.models.config import ModelConfig, RopeScaling
+from mpd_jax.models.config import Experts, ModelConfig, RopeScaling
 from mpd_jax.models.decoder import Model
 from mpd_jax.models.hf_weights import load_config, load_weights
 from mpd_jax.sharding import MeshConfig, make_mesh, partition_spec, tree_shardings
@@ -18,6 +18,9 @@ from tests.parity import record
 
 SCALING = RopeScaling(8.0, 1.0, 4.0, 64)
 TINY = ModelConfig("llama", 32, 16, 24, 2, 8, 4, 4, 1e-5, 1e3, SCALING, True, True, True, True, False, 64)
+MIXED = ModelConfig(
+    "qwen3_moe", 32, 16, 24, 2, 8, 4, 4, 1e-5, 1e3, None, False, False, False, True, False, 64, Experts(6, 2, True)
+)
 PLAIN = ModelConfig("qwen3", 32, 16, 24, 2, 4, 1, 8, 1e-6, 1e4, None, False, False, False, False, True, 64)
 
 
@@ -72,7 +75,7 @@ def test_every_moved_field_moves_the_recorded_logits(family, moved):
     assert base.shape != logits.shape or np.abs(base - logits).max() > 1e-2
 
 
-@pytest.mark.parametrize("config", [TINY, PLAIN], ids=["tiny", "plain"])
+@pytest.mark.parametrize("config", [TINY, PLAIN, MIXED], ids=["tiny", "plain", "mixed"])
 def test_shapes_and_axes_are_one_tree(config):
     model = Model(config)
     shapes, axes = model.abstract(), model.logical_axes()
@@ -141,7 +144,7 @@ def test_padding_on_the_right_changes_nothing():
     np.testing.assert_array_equal(h(weights, ids)[:, :7], h(weights, other)[:, :7])
 
 
-@pytest.mark.parametrize("config", [TINY, PLAIN], ids=["tiny", "plain"])
+@pytest.mark.parametrize("config", [TINY, PLAIN, MIXED], ids=["tiny", "plain", "mixed"])
 def test_cached_chunks_equal_the_whole_forward_pass(config):
     """Prompts of unequal length in chunks of four, beside rows that do not count, then token by token."""
     model, weights, ids = Model(config), lively(Model(config)), tokens(3, 12)
@@ -182,11 +185,12 @@ def test_a_row_that_does_not_count_may_share_a_slot():
     np.testing.assert_array_equal(cache.length_B, [0, 6])
 
 
-def test_rematerialisation_changes_no_gradient():
-    weights, ids = lively(Model(TINY)), tokens(2, 8)
+@pytest.mark.parametrize("config", [TINY, MIXED], ids=["tiny", "mixed"])
+def test_rematerialisation_changes_no_gradient(config):
+    weights, ids = lively(Model(config)), tokens(2, 8)
     base = None
     for remat in ("none", "full", "dots"):
-        model = Model(TINY, remat=remat)
+        model = Model(config, remat=remat)
         loss = lambda w, m=model: jnp.sum(jnp.sin(m.hidden(w, ids)))  # noqa: E731
         grads = jax.jit(jax.grad(loss))(weights)
         base = grads if base is None else base
@@ -243,11 +247,12 @@ def test_eight_devices_compute_what_one_does(sizes, one_device):
         assert np.linalg.norm(one - many) <= 1e-5 * np.linalg.norm(one)
 
 
-def test_float32_is_multiplied_in_full_and_bfloat16_as_the_device_likes():
+@pytest.mark.parametrize("config", [TINY, MIXED], ids=["tiny", "mixed"])
+def test_float32_is_multiplied_in_full_and_bfloat16_as_the_device_likes(config):
     """On a CPU there is no difference to see, so the program is read."""
-    weights, ids = lively(Model(TINY)), tokens(1, 4)
+    weights, ids = lively(Model(config)), tokens(1, 4)
     for dtype, wanted in (("float32", True), ("bfloat16", False)):
-        model = Model(TINY, dtype=dtype)
+        model = Model(config, dtype=dtype)
         cache = model.init_cache(1, 8, dtype)
         with jax.default_matmul_precision("default"):
             backward = jax.make_jaxpr(jax.grad(lambda w, m=model: jnp.sum(m.logits(w, ids))))(weights)

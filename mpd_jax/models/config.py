@@ -43,8 +43,20 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """How many experts a layer has, how many of them a token goes through, and whether their weights sum to one."""
+
+    count: int
+    per_token: int
+    normalised: bool
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """What the forward pass depends on."""
+    """What the forward pass depends on. intermediate_size: of the feed-forward, or of each expert.
+
+    experts: None in a dense decoder, which is what the default is for.
+    """
 
     family: str
     vocab_size: int
@@ -63,6 +75,7 @@ class ModelConfig:
     qk_norm: bool
     tie_embeddings: bool
     max_position_embeddings: int
+    experts: Experts | None = None
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
@@ -70,17 +83,21 @@ class ModelConfig:
         return _from_hf(hf)
 
 
-FAMILIES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
+FAMILIES = {
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen2ForCausalLM": "qwen2",
+    "LlamaForCausalLM": "llama",
+}
 COUNTS = (
     "vocab_size",
     "hidden_size",
-    "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "max_position_embeddings",
 )
-# Keys that may only have the values of a plain dense decoder. Absent or null means the same.
+# Keys that may only have the values of a plain decoder, whose layers are all alike. Absent or null means the same.
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "use_sliding_window": (False,),
@@ -179,7 +196,7 @@ class _Reader:
             raise UserError(
                 "config.json is not of a supported model:\n  "
                 + "\n  ".join(self.problems)
-                + "\nUse a dense Qwen3, Qwen2 or Llama model with a complete config.json."
+                + "\nUse a Qwen3, Qwen3-MoE, Qwen2 or Llama model with a complete config.json."
             )
 
 
@@ -214,6 +231,27 @@ def _rope(reader: _Reader) -> tuple[float, RopeScaling | None]:
     return base, scaling
 
 
+def _experts(reader: _Reader, family: str) -> Experts | None:
+    """The experts of a layer. Layers are scanned, so all of them must have some."""
+    if family != "qwen3_moe":
+        return None
+    old, new = (reader.get(key) for key in ("num_experts", "num_local_experts"))  # as transformers 4 and 5 write it
+    if None not in (old, new) and old != new:
+        reader.problems.append(f"num_experts = {old!r} differs from num_local_experts = {new!r}")
+    count = reader.number("num_experts", new if old is None else old)
+    per_token = reader.number("num_experts_per_tok", reader.get("num_experts_per_tok"))
+    if per_token > count and not reader.problems:
+        reader.problems.append(f"num_experts_per_tok = {per_token} must not be above num_experts = {count}")
+    step, dense = reader.get("decoder_sparse_step"), reader.get("mlp_only_layers")
+    if step not in (None, 1):
+        reader.problems.append(f"decoder_sparse_step = {step!r} is not supported; 1, experts in every layer, is")
+    if dense not in (None, []):
+        reader.problems.append(f"mlp_only_layers = {dense!r} is not supported; an empty list, no dense layer, is")
+    # The width of dense layers, of which there are none; and what only a training loss of the router would read.
+    reader.read |= {"intermediate_size", "output_router_logits", "router_aux_loss_coef"}
+    return Experts(count, per_token, reader.flag("norm_topk_prob"))
+
+
 def _from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     reader = _Reader(hf)
     architectures = reader.get("architectures")
@@ -223,7 +261,8 @@ def _from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     family = FAMILIES[architecture]
     if reader.get("model_type") != family:
         reader.problems.append(f"model_type = {hf.get('model_type')!r} must be {family!r} for {architecture}")
-    vocab, width, inner, layers, heads, kv_heads, window = (reader.number(key, reader.get(key)) for key in COUNTS)
+    vocab, width, layers, heads, kv_heads, window = (reader.number(key, reader.get(key)) for key in COUNTS)
+    inner = "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
     head_dim = reader.get("head_dim")
     if head_dim is None and family != "qwen3":  # Qwen3 means 128 by leaving it out, the others hidden / heads
         head_dim = width // heads
@@ -243,7 +282,7 @@ def _from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         family=family,
         vocab_size=vocab,
         hidden_size=width,
-        intermediate_size=inner,
+        intermediate_size=reader.number(inner, reader.get(inner)),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -254,9 +293,10 @@ def _from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         qkv_bias=family == "qwen2" or attention_bias,
         o_bias=attention_bias and family != "qwen2",
         mlp_bias=mlp_bias,
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         tie_embeddings=reader.flag("tie_word_embeddings"),
         max_position_embeddings=window,
+        experts=_experts(reader, family),
     )
     reader.finish()
     return config

@@ -1,4 +1,4 @@
-"""One decoder for the dense Qwen3, Qwen2 and Llama families, as Flax NNX modules over stacked layers.
+"""One decoder for the Qwen3, Qwen3-MoE, Qwen2 and Llama families, as Flax NNX modules over stacked layers.
 
 Modules hold parameters and their logical axes; everyone else sees a `Model` (no weights, hashable, static under jit)
 and a plain nested dict of arrays. Training scans the stacked layers; cached decoding unrolls the same ones.
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from mpd_jax.models.attention import attend, restarting, rotary, rotate
 from mpd_jax.models.cache import KEYS_LENGTH, VALUES_LENGTH, KVCache, cache_axes, extend_every, extend_picked
 from mpd_jax.models.config import ModelConfig
+from mpd_jax.models.experts import mixture
 from mpd_jax.models.kernels import Read, attention, choose
 from mpd_jax.sharding import constrain
 from mpd_jax.types import Array
@@ -106,6 +107,23 @@ class FeedForward(nnx.Module):
         return y_BTD + self.down_bias[...].astype(y_BTD.dtype)[None, None] if self.bias else y_BTD
 
 
+class MixtureOfExperts(nnx.Module):
+    """SwiGLU experts, of which a router chooses a few for every token."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        assert config.experts is not None
+        X, D, F = config.experts.count, config.hidden_size, config.intermediate_size
+        self.router = _normal(rngs, (D, X), "embed", "routes")
+        self.expert_gate = _normal(rngs, (X, D, F), "experts", "embed", "expert_mlp")
+        self.expert_up = _normal(rngs, (X, D, F), "experts", "embed", "expert_mlp")
+        self.expert_down = _normal(rngs, (X, F, D), "experts", "expert_mlp", "embed")
+        self.chosen = config.experts
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        parameters = self.router, self.expert_gate, self.expert_up, self.expert_down
+        return mixture(self.chosen, x_BTD, *(w[...].astype(x_BTD.dtype) for w in parameters))
+
+
 class Block(nnx.Module):
     """Pre-norm attention and feed-forward."""
 
@@ -113,7 +131,7 @@ class Block(nnx.Module):
         self.attention_norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, rngs)
         self.mlp_norm = Norm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = FeedForward(config, rngs)
+        self.mlp = FeedForward(config, rngs) if config.experts is None else MixtureOfExperts(config, rngs)
 
     def __call__(self, x_BTD: jax.Array, rotation: Rotation, read: Read) -> jax.Array:
         x_BTD = x_BTD + self.attention.out(read(*self.attention.project(self.attention_norm(x_BTD), rotation)))

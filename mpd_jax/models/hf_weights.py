@@ -5,6 +5,7 @@ temporary name and renamed when it is whole.
 """
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -14,13 +15,14 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -51,8 +53,10 @@ COPIED = (
 # Buffers that old checkpoints carry and that the config alone decides.
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
-# Our array: its name, and for each of its dimensions in the file the axes of ours it holds (a layer axis not counted).
-_LAYER, _BIAS, _AS_IS = "model.layers.{}.", ((0, 1),), ((0,),)
+# Our array: its name, and for each of its dimensions in the file the axes of ours it holds, not counting those along
+# which tensors are stacked: one for every {} of the name, layers and then experts.
+_LAYER, _EXPERT = "model.layers.{}.", "model.layers.{}.mlp.experts.{}."
+_BIAS, _AS_IS = ((0, 1),), ((0,),)
 _TABLE, _IN_OUT, _TO_HEADS, _FROM_HEADS = ((0,), (1,)), ((1,), (0,)), ((1, 2), (0,)), ((2,), (0, 1))
 NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
     "embed": ("model.embed_tokens.weight", _TABLE),
@@ -74,6 +78,10 @@ NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
     "blocks.mlp.up_bias": (_LAYER + "mlp.up_proj.bias", _AS_IS),
     "blocks.mlp.down": (_LAYER + "mlp.down_proj.weight", _IN_OUT),
     "blocks.mlp.down_bias": (_LAYER + "mlp.down_proj.bias", _AS_IS),
+    "blocks.mlp.router": (_LAYER + "mlp.gate.weight", _IN_OUT),
+    "blocks.mlp.expert_gate": (_EXPERT + "gate_proj.weight", _IN_OUT),
+    "blocks.mlp.expert_up": (_EXPERT + "up_proj.weight", _IN_OUT),
+    "blocks.mlp.expert_down": (_EXPERT + "down_proj.weight", _IN_OUT),
     "final_norm.scale": ("model.norm.weight", _AS_IS),
     "head": ("lm_head.weight", _TABLE),
 }
@@ -81,12 +89,15 @@ NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint: its name, its shape there, and where it stands in our arrays (layer None: alone)."""
+    """One tensor of a checkpoint: its name, its shape there, and where it stands in our arrays.
+
+    at: its index along the stacked axes: () alone, (layer,) or (layer, expert).
+    """
 
     name: str
     shape: tuple[int, ...]
     ours: str
-    layer: int | None
+    at: tuple[int, ...]
 
 
 def _path(path: tuple) -> str:
@@ -101,15 +112,20 @@ def _tensors(model: Model) -> list[Tensor]:
     """Every tensor of a checkpoint of this model, layer by layer."""
     shapes = {ours: leaf.shape for ours, leaf in _flat(model.abstract()).items()}
 
-    def tensor(ours: str, layer: int | None) -> Tensor:
+    def tensor(ours: str, *at: int) -> Tensor:
         name, axes = NAMES[ours]
-        inner = shapes[ours] if layer is None else shapes[ours][1:]
+        inner = shapes[ours][len(at) :]
         shape = tuple(math.prod(inner[axis] for axis in group) for group in axes)
-        return Tensor(name if layer is None else name.format(layer), shape, ours, layer)
+        return Tensor(name.format(*at), shape, ours, at)
+
+    def layer(ours: str, number: int) -> Iterator[Tensor]:
+        for rest in np.ndindex(shapes[ours][1 : NAMES[ours][0].count("{}")]):
+            yield tensor(ours, number, *rest)
 
     stacked = [ours for ours in NAMES if ours in shapes and ours.startswith("blocks.")]
-    blocks = [tensor(ours, layer) for layer in range(model.config.num_layers) for ours in stacked]
-    alone = {ours: tensor(ours, None) for ours in ("embed", "final_norm.scale", "head") if ours in shapes}
+    layers = range(model.config.num_layers)
+    blocks = [one for number in layers for ours in stacked for one in layer(ours, number)]
+    alone = {ours: tensor(ours) for ours in ("embed", "final_norm.scale", "head") if ours in shapes}
     assert len(stacked) + len(alone) == len(shapes), f"no name for {sorted(set(shapes) - set(stacked) - set(alone))}"
     return [alone.pop("embed"), *blocks, *alone.values()]
 
@@ -226,7 +242,7 @@ class _Checkpoint:
         return all(np.array_equal(*(x[cut].astype(np.float32) for x in (a, b))) for cut in cuts)
 
     def read(self, tensor: Tensor, shape: Sequence[int], part: Sequence[slice]) -> np.ndarray:
-        """The part `part` of our array of shape `shape` (no layer axis) that this tensor holds."""
+        """The part `part` of our array of shape `shape` (no stacked axis) that this tensor holds."""
         _, axes = NAMES[tensor.ours]
         bounds = [bound.indices(size)[:2] for bound, size in zip(part, shape, strict=True)]
         cut = []
@@ -264,23 +280,28 @@ def load_weights(directory: Path | str, model: Model, mesh: Mesh, param_dtype: s
 def _load(
     checkpoint: _Checkpoint, tensors: list[Tensor], shape: tuple[int, ...], sharding: NamedSharding, dtype: np.dtype
 ) -> jax.Array:
-    """One of our arrays, its layers read one after the other into each device's part."""
-    parts: dict[tuple, np.ndarray] = {}
+    """One of our arrays, one device's part after the other: the host holds a single part, each of its tensors alone."""
+    tensor_at = {tensor.at: tensor for tensor in tensors}
+    stacked = len(tensors[0].at)
 
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+    def part(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        block = np.empty([stop - start for start, stop in bounds], dtype)
+        inner = [slice(*bound) for bound in bounds[stacked:]]
+        for at in itertools.product(*(range(*bound) for bound in bounds[:stacked])):
+            row = tuple(index - start for index, (start, _) in zip(at, bounds[:stacked], strict=True))
+            block[row] = checkpoint.read(tensor_at[at], shape[stacked:], inner)
+        return block
+
+    devices_of: dict[tuple, list[Any]] = {}  # several where they hold the same part
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None
         bounds = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
-        if bounds in parts:  # devices that hold the same part
-            return parts[bounds]
-        block = np.empty([stop - start for start, stop in bounds], dtype)
-        if tensors[0].layer is None:
-            block[...] = checkpoint.read(tensors[0], shape, index)
-        else:
-            for row, layer in enumerate(range(*bounds[0])):
-                block[row] = checkpoint.read(tensors[layer], shape[1:], index[1:])
-        return parts.setdefault(bounds, block)
-
-    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
+        devices_of.setdefault(bounds, []).append(device)
+    pieces = []
+    for bounds, devices in devices_of.items():
+        block = part(bounds)
+        pieces.extend(jax.block_until_ready([jax.device_put(block, device) for device in devices]))
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
 
 # Writing
@@ -363,13 +384,17 @@ def _write_weights(
 
 
 def _host(array: Any, tensor: Tensor) -> np.ndarray:
-    """One layer of a stacked array, or an array that stands alone, whole on this host."""
+    """One tensor of a stacked array, or an array that stands alone, whole on this host."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         assert isinstance(array.sharding, NamedSharding), array.sharding
-        whole = NamedSharding(array.sharding.mesh, PartitionSpec())
-        array = jax.jit(lambda a: a if tensor.layer is None else a[tensor.layer], out_shardings=whole)(array)
-        return np.asarray(array)
-    return np.asarray(array if tensor.layer is None else array[tensor.layer])
+        return np.asarray(_taken(array.sharding.mesh)(array, tensor.at))
+    return np.asarray(array[tensor.at])
+
+
+@lru_cache(maxsize=8)
+def _taken(mesh: Mesh | AbstractMesh) -> Any:
+    """(array, at) -> array[at] whole on every device; compiled once a shape, not for every layer and expert."""
+    return jax.jit(lambda array, at: array[at], out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _to_file(array: np.ndarray, tensor: Tensor, dtype: np.dtype) -> np.ndarray:

@@ -31,7 +31,13 @@ SHARED = {
     "eos_token_id": 63,
     "pad_token_id": 63,
 }
-FAMILIES = {"qwen3": ("Qwen3", {"head_dim": 8}), "qwen2": ("Qwen2", {}), "llama": ("Llama", {})}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+FAMILIES = {
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 8} | EXPERTS),
+    "qwen2": ("Qwen2", {}),
+    "llama": ("Llama", {}),
+}
 THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}
 LLAMA3 = {
     "rope_parameters": {
@@ -56,10 +62,22 @@ MOVED = {
     "odd_vocabulary": {"vocab_size": 67},
     "attention_bias": {"attention_bias": True},
     "mlp_bias": {"mlp_bias": True},
+    "weights_as_they_are": {"norm_topk_prob": False},
+    "one_expert": {"num_experts_per_tok": 1, "norm_topk_prob": False},
+    "every_expert": {"num_experts_per_tok": 8},
+    "odd_experts": {"num_experts": 5, "num_experts_per_tok": 3},
+    "wide_experts": {"moe_intermediate_size": 40},
 }
-ONLY = {"attention_bias": ("qwen3", "llama"), "mlp_bias": ("llama",)}
+MIXTURES = ("weights_as_they_are", "one_expert", "every_expert", "odd_experts", "wide_experts")
+ONLY = {"attention_bias": ("qwen3", "qwen3_moe", "llama"), "mlp_bias": ("llama",)}
+ONLY |= dict.fromkeys(MIXTURES, ("qwen3_moe",))
 CASES = [(family, moved) for moved in MOVED for family in FAMILIES if family in ONLY.get(moved, FAMILIES)]
-KEPT = {"qwen3": {"head_dim": 16}, "qwen2": {"tie_word_embeddings": True}, "llama": {**LLAMA3, "mlp_bias": True}}
+KEPT = {
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {"head_dim": 16},
+    "qwen2": {"tie_word_embeddings": True},
+    "llama": {**LLAMA3, "mlp_bias": True},
+}
 
 
 def draw(name: str, shape: Sequence[int]) -> np.ndarray:
@@ -67,6 +85,21 @@ def draw(name: str, shape: Sequence[int]) -> np.ndarray:
     random = np.random.RandomState(zlib.crc32(name.encode()))  # its stream is frozen, that of default_rng is not
     mean, spread = (1.0, 0.3) if "norm" in name else (0.0, 0.3 if len(shape) == 1 else 0.2)
     return random.normal(mean, spread, shape).astype(np.float32)
+
+
+def fused(name: str, shape: Sequence[int]) -> np.ndarray:
+    """The values of a parameter of transformers, which holds experts fused that its files hold one by one."""
+    layer, experts, parameter = name.partition(".mlp.experts.")
+    if not experts:
+        return draw(name, shape)
+    parts = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
+    rows, columns = shape[1] // len(parts), shape[2]
+    return np.stack(
+        [
+            np.concatenate([draw(f"{layer}{experts}{expert}.{part}.weight", (rows, columns)) for part in parts])
+            for expert in range(shape[0])
+        ]
+    )
 
 
 def tokens(rows: int = 2, length: int = 40) -> np.ndarray:
@@ -84,7 +117,7 @@ def build(family: str, changes: dict) -> Any:
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(draw(name, parameter.shape)))
+            parameter.copy_(torch.from_numpy(fused(name, parameter.shape)))
     return model
 
 
