@@ -1,16 +1,22 @@
 """Claims about mixtures of experts: the groups, that no token is dropped, that meshes do not matter, and the memory."""
 
+import json
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mpd_jax.models import experts
 from mpd_jax.models.config import Experts, ModelConfig
 from mpd_jax.models.decoder import Model
+from mpd_jax.models.hf_weights import load_config, load_weights
+from mpd_jax.sampling.jax_sampler import JaxSampler
+from mpd_jax.sampling.sampler import Request, SamplingConfig
 from mpd_jax.sharding import MeshConfig, make_mesh, tree_shardings
+from tests.parity import record
 from tests.test_sharding import collectives
 
 B, T, D, F, X = 8, 12, 16, 24, 16
@@ -153,6 +159,24 @@ def test_decoding_never_gathers_experts_and_rows_need_not_divide(sizes, rows, on
     if rows == 8:
         moved = collectives(step.as_text())
         assert {kind for kind, _ in moved} == {"all-reduce"} and max(size for _, size in moved) <= rows * 4 * D, moved
+
+
+def test_the_sampler_s_greedy_tokens_are_those_transformers_computed(tmp_path):
+    """The recorded base model, its experts split over two devices."""
+    held = np.load(record.RECORDED / "qwen3_moe.npz")
+    (tmp_path / "config.json").write_text(str(held["base.config"]))
+    shapes = json.loads(str(held["base.shapes"]))
+    save_file({name: record.draw(name, shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    of, mesh = Model(load_config(tmp_path)), make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2])
+    sizes = {"slots": 2, "prompt_length": record.PROMPT, "max_length": record.PROMPT + record.NEW}
+    sampler = JaxSampler(
+        of, mesh, frozenset(), **sizes, prefill_chunk=5, prefill_rows=2, vocab_size=64, dtype=jnp.float32
+    )
+    sampler.load(load_weights(tmp_path, of, mesh), 0)
+    prompts = record.tokens()[:, : record.PROMPT].tolist()
+    requests = [Request(tuple(prompt), (0, row)) for row, prompt in enumerate(prompts)]
+    responses = sampler.sample(requests, SamplingConfig(temperature=0.0, max_tokens=record.NEW))
+    np.testing.assert_array_equal([response.ids for response in responses], held["base.greedy"])
 
 
 def arrays(text):

@@ -15,23 +15,30 @@ from mpd_jax.sharding import MeshConfig, make_mesh
 PROMPT, NEW = 14, 40
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_greedy_equals_transformers_generate_token_for_token(tied, tmp_path):
+DENSE = {"tie_word_embeddings": False, "intermediate_size": 64}
+MIXED = DENSE | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+
+
+@pytest.mark.parametrize(
+    "family, own",
+    [("Qwen3", DENSE | {"tie_word_embeddings": True}), ("Qwen3", DENSE), ("Qwen3Moe", MIXED)],
+    ids=["tied", "untied", "experts"],
+)
+def test_greedy_equals_transformers_generate_token_for_token(family, own, tmp_path):
     torch.manual_seed(0)
-    config = transformers.Qwen3Config(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=96,
         hidden_size=48,
-        intermediate_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
         rope_theta=1e6,
-        tie_word_embeddings=tied,
         max_position_embeddings=128,
         initializer_range=0.4,
+        **own,
     )
-    reference = transformers.Qwen3ForCausalLM(config).eval()
+    reference = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     reference.save_pretrained(tmp_path)
     model = Model(load_config(tmp_path))
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
