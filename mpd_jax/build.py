@@ -41,7 +41,7 @@ from mpd_jax.train.state import (
     optimiser,
     trained_shardings,
 )
-from mpd_jax.train.step import make_update
+from mpd_jax.train.step import Out, make_update
 from mpd_jax.types import Batch, Problem, Trajectory, UserError
 
 TINY_TRAINING, TINY_HELDOUT = 20_000, 2_000
@@ -69,7 +69,10 @@ def read_problems(config: ProblemsConfig, split: Literal["train", "heldout"]) ->
 
 @dataclass(frozen=True)
 class Run:
-    """A run, ready to train and to be evaluated. `load_student` gives weights to every sampler that serves them."""
+    """A run, ready to train and to be evaluated.
+
+    load_student: gives the student, of what trains and its version, to every sampler that serves it.
+    """
 
     config: RunConfig
     mesh: Mesh
@@ -138,11 +141,13 @@ def build(
         checkpoints = Checkpoints(run_dir, config.train.keep, lambda step: phases(step - 1, "saved"))
         stack.callback(checkpoints.close)
         state = _start(config, student, mesh, checkpoints, run_dir, say)
+        base = student.base(mesh)
+        whole = partial(student.trains.over, base)
         metrics, clock = Metrics(run_dir, state.step, live), Clock(phases)
         stack.callback(metrics.close)
         stack.callback(clock.close)
         teacher_weights = roles.teacher.weights(mesh) if roles.teacher else None
-        samplers = _samplers(config, roles, mesh, teacher_weights)
+        samplers = _samplers(config, roles, mesh, teacher_weights, whole)
         graders = stack.enter_context(GraderPool(config.recipe.rewrite.grader, workers=1))
         recipe = _recipe(config, roles, samplers, graders, state.memory, progress)
         target_files = roles.target(config.recipe)
@@ -155,15 +160,7 @@ def build(
             write=recipe.write,
             rewrite=recipe.rewrite,
             to_batch=partial(_to_batch, config, mesh, student, target_files),
-            update=make_update(
-                student.model,
-                target_files.model if target_files else None,
-                config.recipe.loss,
-                optimiser(config.train),
-                mesh,
-                vocab_size=student.chat.vocab_size,
-                micro_batches=config.train.micro_batches,
-            ),
+            update=_update(config, student, target_files, mesh, base, whole),
             load_student=samplers.load_student if samplers.follows else lambda weights, version: None,
             checkpoints=checkpoints,
             records=Records(run_dir, config.run.seed, _fingerprint(config)),
@@ -183,12 +180,44 @@ def _start(
 ) -> RunState:
     """Step 5. What a checkpoint holds is not loaded from elsewhere first: the run would be in memory twice."""
     state = checkpoints.restore(abstract_state(config, student, mesh))
-    say(f"resuming {run_dir} after step {state.step}" if state else f"starting from the weights in {student.directory}")
     if state is not None:
+        say(f"resuming {run_dir} after step {state.step}")
         return state
-    weights = student.weights(mesh)
-    copy = target.start(config.recipe.target, weights, None)
-    return new_state(student.model, optimiser(config.train), mesh, weights, seed=config.run.seed, self_weights=copy)
+    adapter = f" and the adapter in {student.adapter}" if student.adapter else " and a new adapter"
+    say(f"starting from the weights in {student.directory}{adapter if student.adapted else ''}")
+    trained = student.start(mesh, config.run.seed)
+    copy = target.start(config.recipe.target, trained, None) if _keeps_copy(config, student) else None
+    return new_state(student.trains, optimiser(config.train), mesh, trained, seed=config.run.seed, self_weights=copy)
+
+
+def _keeps_copy(config: RunConfig, student: ModelFiles) -> bool:
+    new_adapter = student.adapted is not None and student.adapter is None
+    return target.keeps_copy(config.recipe.target, adapter_starts_at_zero=new_adapter)
+
+
+def _update(
+    config: RunConfig,
+    student: ModelFiles,
+    target_files: ModelFiles | None,
+    mesh: Mesh,
+    base: Any,
+    whole: Callable[[Any], Any],
+) -> Callable[[Trained, Any, Batch], tuple[Trained, Out]]:
+    """The jitted update, given what no step changes. A self target without a copy is the student's base."""
+    update = make_update(
+        student.trains,
+        target_files.model if target_files else None,
+        config.recipe.loss,
+        optimiser(config.train),
+        mesh,
+        vocab_size=student.chat.vocab_size,
+        micro_batches=config.train.micro_batches,
+    )
+
+    def step(trained: Trained, target_weights: Any, batch: Batch) -> tuple[Trained, Out]:
+        return update(trained, whole(target_weights) if config.recipe.target.is_self else target_weights, batch, base)
+
+    return step
 
 
 def _fingerprint(config: RunConfig) -> str:
@@ -208,19 +237,39 @@ def _fingerprint(config: RunConfig) -> str:
 
 def abstract_state(config: RunConfig, student: ModelFiles, mesh: Mesh) -> RunState:
     """Shapes, dtypes and places of the run's state: what a checkpoint is restored into."""
-    model, tx = student.model, optimiser(config.train)
-    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, student.param_dtype), model.abstract())
+    model, tx = student.trains, optimiser(config.train)
+    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, student.trained_dtype), model.abstract())
     shapes = Trained(weights, jax.eval_shape(partial(init_opt_state, tx), weights))
     placed = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         shapes,
         trained_shardings(model, tx, mesh),
     )
-    self_weights = placed.weights if config.recipe.target.is_self else None
+    self_weights = placed.weights if _keeps_copy(config, student) else None
     return RunState(placed.weights, placed.opt_state, self_weights, 0, config.run.seed, dict(NEW_MEMORY))
 
 
-def restored_student(config: RunConfig, run_dir: Path) -> tuple[ModelFiles, RunState, Mesh]:
+@dataclass(frozen=True)
+class Restored:
+    """The student of a run after `step` updates. base: what stays as it is; trained: all the rest."""
+
+    files: ModelFiles
+    mesh: Mesh
+    seed: int
+    step: int
+    base: Any
+    trained: Any
+
+    def before(self) -> Any:
+        """The whole weights before the first update."""
+        return self.files.trains.over(self.base, self.files.start(self.mesh, self.seed))
+
+    def after(self) -> Any:
+        """The whole weights now."""
+        return self.files.trains.over(self.base, self.trained)
+
+
+def restored_student(config: RunConfig, run_dir: Path) -> Restored:
     """The student of a run at its newest checkpoint, on whatever devices are here. Changes nothing in the run."""
     try:
         mesh = make_mesh(config.mesh)
@@ -234,7 +283,7 @@ def restored_student(config: RunConfig, run_dir: Path) -> tuple[ModelFiles, RunS
         checkpoints.close()
     if state is None:
         raise UserError(f"{run_dir}: it holds no checkpoint yet; run `mpd-jax train {run_dir}/config.yaml` first")
-    return files, state, mesh
+    return Restored(files, mesh, config.run.seed, state.step, files.base(mesh), state.weights)
 
 
 @dataclass(frozen=True)
@@ -248,8 +297,10 @@ class Samplers:
     follows: bool
 
 
-def _samplers(config: RunConfig, roles: Roles, mesh: Mesh, teacher_weights: Any) -> Samplers:
-    """Step 6. Weights that never change are loaded here, once."""
+def _samplers(
+    config: RunConfig, roles: Roles, mesh: Mesh, teacher_weights: Any, whole: Callable[[Any], Any]
+) -> Samplers:
+    """Step 6. Weights that never change are loaded here, once. `whole` makes the student's weights of what trains."""
     sampling, recipe = config.sampling, config.recipe
     prompt, written = sampling.prompt_tokens, sampling.writer.max_tokens
     student = make_sampler(roles.student, config, mesh, prompt, max(written, config.eval.max_tokens))
@@ -270,8 +321,8 @@ def _samplers(config: RunConfig, roles: Roles, mesh: Mesh, teacher_weights: Any)
             rewriter.load(teacher_weights if roles.rewriter is roles.teacher else roles.rewriter.weights(mesh), 0)
     rewrites = rewriter is not None and roles.rewriter is roles.student
 
-    def load_student(weights: Any, version: int) -> None:
-        student.load(weights, version)
+    def load_student(trained: Any, version: int) -> None:
+        student.load(whole(trained), version)
         if rewriter is not None and rewrites:
             rewriter.share(student)
 

@@ -101,12 +101,20 @@ def sample(
 def export(
     source: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="The directory to write; it must not exist.", show_default=False)],
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bfloat16, float32 or float16; without it bfloat16, and float32 for an adapter.", show_default=False
+        ),
+    ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write the adapter alone, in PEFT's format, instead of merged weights.")
+    ] = False,
 ) -> None:
     """Write a run's student as a directory that transformers and vLLM load unchanged."""
     from mpd_jax import use
 
-    use.export(source, out, dtype)
+    use.export(source, out, dtype, adapter)
 
 
 @app.command("config")

@@ -17,6 +17,7 @@ import yaml
 from mpd_jax.data.problems import ProblemsConfig
 from mpd_jax.eval.evaluate import EvalConfig
 from mpd_jax.models.config import ModelSpec
+from mpd_jax.models.lora import StudentSpec
 from mpd_jax.recipe.recipe import Recipe, validate
 from mpd_jax.sampling.sampler import SamplingConfig
 from mpd_jax.sharding import MeshConfig
@@ -70,7 +71,7 @@ class RunConfig:
 
     run: RunSection
     recipe: Recipe
-    student: ModelSpec
+    student: StudentSpec
     teacher: ModelSpec | None = None
     rewriter: ModelSpec | None = None
     problems: ProblemsConfig = field(default_factory=ProblemsConfig)

@@ -156,7 +156,9 @@ class Judged:
         if self.run.config.eval.concise_row:
             wanted.append((CONCISE, "concise"))
         if not all(self._stored(name) for name, _ in wanted):
-            self.run.load_student(state.weights if state.step == 0 else self.run.student.weights(self.run.mesh), 0)
+            run = self.run
+            start = state.weights if state.step == 0 else run.student.start(run.mesh, run.config.run.seed)
+            run.load_student(start, 0)
         return [row for name, context in wanted for row in self._evaluate(name, context)]
 
     def between(self, state: RunState) -> None:

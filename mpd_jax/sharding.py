@@ -41,6 +41,7 @@ RULES: dict[str, tuple[MeshAxes, MeshAxes]] = {
     "routes": (None, None),
     "length": (None, None),
     "norm": (None, None),
+    "rank": (None, None),
 }
 
 

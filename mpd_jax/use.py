@@ -13,6 +13,7 @@ from mpd_jax import build, config
 from mpd_jax.config import RunConfig
 from mpd_jax.eval import evaluate as evaluation
 from mpd_jax.models.hf_weights import export as export_weights
+from mpd_jax.models.peft import export_adapter
 from mpd_jax.roles import make_sampler, open_model
 from mpd_jax.run import BASE, CONCISE, TRAINED
 from mpd_jax.sampling.sampler import Request, SamplingConfig, request_key
@@ -41,9 +42,10 @@ def evaluate(
             raise UserError(f"--out: {out} cannot be made ({error.strerror}); choose another directory") from None
     if is_run:
         settings = config.load(config_path or run_dir / "config.yaml", overrides)
-        files, state, mesh = build.restored_student(config.load(run_dir / "config.yaml"), run_dir)
-        asked = [(BASE, files.weights(mesh), "plain"), (CONCISE, None, "concise")]
-        asked.append((f"{TRAINED}, step {state.step}", state.weights, "plain"))
+        restored = build.restored_student(config.load(run_dir / "config.yaml"), run_dir)
+        files, mesh = restored.files, restored.mesh
+        asked = [(BASE, restored.before(), "plain"), (CONCISE, None, "concise")]
+        asked.append((f"{TRAINED}, step {restored.step}", restored.after(), "plain"))
     else:
         settings = _model_settings(source, config_path, overrides)
         files = open_model("student", settings.student, settings.recipe.contexts)
@@ -84,9 +86,9 @@ def _regrade(run_dir: Path, grader: str) -> None:
 def _model_settings(source: str, config_path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Settings for a model that belongs to no run: those of a config, or the defaults."""
     if config_path:
-        tree = config.read_yaml(config_path)
+        tree, of_the_run = config.read_yaml(config_path), dict.fromkeys(("revision", "lora", "adapter"))
         return config.resolve(
-            {**tree, "student": {**(tree.get("student") or {}), "path": source, "revision": None}}, overrides
+            {**tree, "student": {**(tree.get("student") or {}), **of_the_run, "path": source}}, overrides
         )
     tiny = source.startswith("tiny:")
     recipe = {
@@ -133,8 +135,8 @@ class _Answerer:
         run_dir = Path(source)
         if (run_dir / "config.yaml").is_file():
             settings = config.load(run_dir / "config.yaml")
-            self.files, state, mesh = build.restored_student(settings, run_dir)
-            weights = state.weights
+            restored = build.restored_student(settings, run_dir)
+            self.files, mesh, weights = restored.files, restored.mesh, restored.after()
         else:
             settings = _model_settings(source, None)
             self.files = open_model("student", settings.student, settings.recipe.contexts)
@@ -189,11 +191,20 @@ class _Answerer:
         print(f"\n[{len(ids)} tokens]", flush=True)
 
 
-def export(source: Path, out: Path, dtype: str) -> None:
-    """`mpd-jax export`."""
+def export(source: Path, out: Path, dtype: str | None, adapter: bool) -> None:
+    """`mpd-jax export`: the student's weights with any adapter merged, or the adapter alone."""
     if not (source / "config.yaml").is_file():
         raise UserError(f"{source}: no run directory (it holds no config.yaml); give the run.dir of a training run")
     settings = config.load(source / "config.yaml")
-    files, state, _ = build.restored_student(settings, source)
-    export_weights(out, files.directory, files.model, state.weights, dtype=dtype)
+    if adapter and settings.student.lora is None:
+        raise UserError(f"--adapter: {source} trained all weights, not an adapter; leave --adapter out")
+    restored = build.restored_student(settings, source)
+    files, dtype = restored.files, dtype or ("float32" if adapter else "bfloat16")
+    if adapter:
+        assert files.adapted is not None, "lora without an adapter"
+        pinned = settings.student.revision is not None
+        base = settings.student.path if pinned else str(files.directory.absolute())
+        export_adapter(out, files.adapted, restored.trained, base, settings.student.revision, dtype=dtype)
+    else:
+        export_weights(out, files.directory, files.model, restored.after(), dtype=dtype)
     Screen().say(f"wrote {out} ({dtype})")

@@ -374,9 +374,9 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, at):
     def full_at_the_second(file, *rest):
         full() if "00002" in str(file) else real(file, *rest)
 
-    real = hf_weights._save
+    real = hf_weights.save_tensors
     place = {"tokenizer": (shutil, "copyfile", full), "rename": (hf_weights.Path, "replace", full)}
-    monkeypatch.setattr(*place.get(at, (hf_weights, "_save", full_at_the_second)))
+    monkeypatch.setattr(*place.get(at, (hf_weights, "save_tensors", full_at_the_second)))
     with pytest.raises(OSError, match="No space left"):
         export(tmp_path / "out", directory, model, weights, max_shard_bytes=700)
     assert {f.name for f in tmp_path.iterdir()} == {"source", "model"}
@@ -384,7 +384,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, at):
 
 def test_the_library_s_error_shows_the_system_s(tmp_path):
     with pytest.raises(OSError) as error:
-        hf_weights._save(tmp_path / "none" / "x.safetensors", {"x": np.ones(1)})
+        hf_weights.save_tensors(tmp_path / "none" / "x.safetensors", {"x": np.ones(1)})
     assert error.value.errno == 2
 
 

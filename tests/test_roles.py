@@ -61,6 +61,8 @@ def test_only_models_that_the_recipe_needs_are_opened(tmp_path):
     assert roles.teacher is None and roles.rewriter is roles.student
 
 
-def test_weights_that_would_round_updates_away_are_refused():
-    with pytest.raises(UserError, match=r"student.param_dtype: bfloat16"):
-        open_roles(config.load(QUICKSTART, ["student.param_dtype=bfloat16"]))
+def test_weights_that_round_updates_away_are_told_and_a_frozen_base_rounds_none(caplog):
+    open_roles(config.load(QUICKSTART, ["student.param_dtype=bfloat16", "student.lora={rank: 2, alpha: 4}"]))
+    assert not caplog.records
+    open_roles(config.load(QUICKSTART, ["student.param_dtype=bfloat16"]))
+    assert "student.param_dtype = bfloat16: a weight moves only where" in caplog.text

@@ -248,3 +248,25 @@ def test_divergence_is_counted_in_the_bucket_of_its_position():
     index_R = jnp.tile(jnp.arange(20), 2)
     sums = position_sums(jnp.ones(40), index_R < 17, index_R)
     np.testing.assert_array_equal(sums, [8, 24, 2, 0, 0, 0, 0, 0])
+
+
+def test_bfloat16_weights_move_by_whole_rounding_steps_or_not_at_all():
+    """Adam's first update is the rate, up or down: what it does to a weight can be told from the moments alone."""
+    rate, eps = 1e-3, 1e-8
+    tx = optimiser(TrainConfig(learning_rate=rate, max_grad_norm=0.0, eps=eps))
+    student, teacher = pair()
+    start = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights_of(student, 0))
+    before = jax.device_get(start)
+    update = make_update(student, teacher, REVERSE, tx, None, vocab_size=VOCAB)
+    trained, out = update(Trained(start, init_opt_state(tx, start)), weights_of(teacher, 1), make_batch())
+    mu = optax.tree_utils.tree_get(trained.opt_state, "mu")
+    assert bool(out["finite"]) and {str(m.dtype) for m in jax.tree.leaves(mu)} == {"float32"}
+    for old, new, m in zip(*map(jax.tree.leaves, (before, trained.weights, mu)), strict=True):
+        assert new.dtype == jnp.bfloat16
+        old, new, gradient = np.float32(old), np.float32(new), np.asarray(m, np.float64) / 0.1
+        wanted = old - rate * gradient / (np.abs(gradient) + eps)
+        gap = np.maximum(np.abs(old), np.abs(new)) * 2.0**-8  # half a rounding step at most
+        assert np.all(np.abs(new - wanted) <= gap + 1e-9)
+        np.testing.assert_array_equal(new[np.abs(old) > 513 * rate], old[np.abs(old) > 513 * rate])
+        small = (np.abs(old) < 100 * rate) & (np.abs(gradient) > 1e-5)
+        assert np.all(new[small] != old[small])

@@ -32,6 +32,14 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], *logical: str) -> nnx.Param:
     return nnx.Param(INIT_SCALE * jax.random.normal(rngs.params(), shape), logical=logical)
 
 
+def _plus(y: jax.Array, x: jax.Array, adapter: Weights | None, name: str) -> jax.Array:
+    """y + (x A) B where an adapter (models/lora.py) has this projection: the product A B is never formed."""
+    if adapter is None or name not in adapter:
+        return y
+    a, b = (adapter[name][part].astype(x.dtype) for part in ("a", "b"))
+    return y + jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)
+
+
 def _zeros(shape: tuple[int, ...], *logical: str) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape), logical=logical)
 
@@ -68,9 +76,12 @@ class Attention(nnx.Module):
             self.q_norm, self.k_norm = Norm(H, c.rms_norm_eps), Norm(H, c.rms_norm_eps)
         self.config = c
 
-    def project(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(
+        self, x_BTD: jax.Array, rotation: Rotation, adapter: Weights | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries, rotated keys, values: [B, T, N or K, H]."""
         q, k, v = (jnp.einsum("btd,dnh->btnh", x_BTD, w[...].astype(x_BTD.dtype)) for w in (self.q, self.k, self.v))
+        q, k, v = (_plus(y, x_BTD, adapter, name) for y, name in ((q, "q"), (k, "k"), (v, "v")))
         if self.config.qkv_bias:
             q, k, v = (
                 x + bias[...].astype(x.dtype)[None, None]
@@ -80,8 +91,9 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, rotation), rotate(k, rotation), v
 
-    def out(self, x_BTNH: jax.Array) -> jax.Array:
+    def out(self, x_BTNH: jax.Array, adapter: Weights | None = None) -> jax.Array:
         y_BTD = jnp.einsum("btnh,nhd->btd", x_BTNH, self.o[...].astype(x_BTNH.dtype))
+        y_BTD = _plus(y_BTD, x_BTNH, adapter, "o")
         return y_BTD + self.o_bias[...].astype(y_BTD.dtype)[None, None] if self.config.o_bias else y_BTD
 
 
@@ -98,12 +110,14 @@ class FeedForward(nnx.Module):
             self.down_bias = _zeros((D,), "norm")
         self.bias = config.mlp_bias
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, adapter: Weights | None = None) -> jax.Array:
         gate, up = x_BTD @ self.gate[...].astype(x_BTD.dtype), x_BTD @ self.up[...].astype(x_BTD.dtype)
+        gate, up = _plus(gate, x_BTD, adapter, "gate"), _plus(up, x_BTD, adapter, "up")
         if self.bias:
             gate = gate + self.gate_bias[...].astype(gate.dtype)[None, None]
             up = up + self.up_bias[...].astype(up.dtype)[None, None]
-        y_BTD = (jax.nn.silu(gate) * up) @ self.down[...].astype(x_BTD.dtype)
+        inner_BTF = jax.nn.silu(gate) * up
+        y_BTD = _plus(inner_BTF @ self.down[...].astype(x_BTD.dtype), inner_BTF, adapter, "down")
         return y_BTD + self.down_bias[...].astype(y_BTD.dtype)[None, None] if self.bias else y_BTD
 
 
@@ -133,9 +147,12 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config, rngs) if config.experts is None else MixtureOfExperts(config, rngs)
 
-    def __call__(self, x_BTD: jax.Array, rotation: Rotation, read: Read) -> jax.Array:
-        x_BTD = x_BTD + self.attention.out(read(*self.attention.project(self.attention_norm(x_BTD), rotation)))
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+    def __call__(self, x_BTD: jax.Array, rotation: Rotation, read: Read, adapter: Weights | None = None) -> jax.Array:
+        """adapter: this layer's, by module and projection (models/lora.py)."""
+        of = (adapter or {}).get
+        q, k, v = self.attention.project(self.attention_norm(x_BTD), rotation, of("attention"))
+        x_BTD = x_BTD + self.attention.out(read(q, k, v), of("attention"))
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD), of("mlp"))
 
     def step(
         self, x_BTD: jax.Array, rotation: Rotation, visible_BTS: jax.Array, remember: Callable
@@ -180,12 +197,25 @@ def _pure(module: nnx.Module) -> dict:
 
 
 def _rest(weights: Weights) -> Weights:
-    return {k: v for k, v in weights.items() if k != "blocks"}
+    return {k: v for k, v in weights.items() if k not in ("blocks", "adapter")}
+
+
+def _merged(block: Weights, adapter: Weights | None) -> Weights:
+    """One layer's weights with the adapter's products added, in float32 where there are any."""
+
+    def sums(held: Weights, added: Weights) -> Weights:
+        products = {name: jnp.tensordot(x["a"], x["b"], 1, precision="highest") for name, x in added.items()}
+        return {**held, **{name: held[name].astype(jnp.float32) + ab for name, ab in products.items()}}
+
+    return {**block, **{module: sums(block[module], added) for module, added in (adapter or {}).items()}}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder without its weights. dtype: of the computation; remat: see ModelSpec; attention: see `on`."""
+    """A decoder without its weights. dtype: of the computation; remat: see ModelSpec; attention: see `on`.
+
+    Weights that `hidden`, `by_layer` and `merged` are given may hold an "adapter" beside the rest (models/lora.py).
+    """
 
     config: ModelConfig
     dtype: str = "float32"
@@ -216,11 +246,22 @@ class Model:
         blocks = jax.tree.map(lambda a: ("layers", *a), _split(Block, self.config)[2], is_leaf=is_axes)
         return {**_split(Decoder, self.config)[2], "blocks": blocks}
 
+    def over(self, base: None, trained: Weights) -> Weights:
+        """The weights to read with, of what is frozen and what trains: here everything trains. See lora.Adapted."""
+        return trained
+
+    def merged(self, weights: Weights) -> Weights:
+        """The weights without an adapter, its products added to them."""
+        return {**_rest(weights), "blocks": jax.vmap(_merged)(weights["blocks"], weights.get("adapter"))}
+
     def by_layer(self, weights: Weights) -> Weights:
-        """The weights as `decode` takes them, a tree a layer: slices of stacked ones would be copied every token."""
-        layers = range(self.config.num_layers)
-        blocks = tuple(jax.tree.map(lambda w, i=layer: w[i], weights["blocks"]) for layer in layers)
-        return {**weights, "blocks": blocks}
+        """The weights as `decode` takes them, a tree a layer: slices of stacked ones would be copied every token.
+
+        An adapter is merged into them.
+        """
+        layers, stacked = range(self.config.num_layers), (weights["blocks"], weights.get("adapter"))
+        blocks = tuple(_merged(*jax.tree.map(lambda w, i=layer: w[i], stacked)) for layer in layers)
+        return {**_rest(weights), "blocks": blocks}
 
     def by_layer_axes(self) -> Weights:
         """The tree of `by_layer` with a tuple of logical axis names for every array."""
@@ -243,13 +284,15 @@ class Model:
             positions_BT = restarting(segments_BT)
         read, rotation = attention(self.attention, segments_BT), rotary(positions_BT, self.config)
 
-        def body(x_BTD: jax.Array, block: Weights) -> tuple[jax.Array, None]:
-            y_BTD = _module(Block, self.config, block)(x_BTD, rotation, read)
+        def body(x_BTD: jax.Array, layer: tuple[Weights, Weights | None]) -> tuple[jax.Array, None]:
+            block, adapter = layer
+            y_BTD = _module(Block, self.config, block)(x_BTD, rotation, read, adapter)
             return constrain(y_BTD, ("batch", None, None)), None
 
         x_BTD = constrain(self._embed(weights, tokens_BT), ("batch", None, None))
         with self._precision():
-            x_BTD, _ = jax.lax.scan(_rematerialised(body, self.remat), x_BTD, weights["blocks"])
+            layers = weights["blocks"], weights.get("adapter")
+            x_BTD, _ = jax.lax.scan(_rematerialised(body, self.remat), x_BTD, layers)
         return _module(Decoder, self.config, _rest(weights)).final_norm(x_BTD)
 
     def head(self, weights: Weights) -> jax.Array:

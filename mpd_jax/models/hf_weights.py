@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -318,17 +318,33 @@ def export(
 ) -> Path:
     """Writes `out`, which transformers loads unchanged: these weights, with the config and tokenizer of `source`.
 
-    Everything but the weights and the config's dtype is copied byte for byte. `out` must not exist or be empty. Every
-    process of a multi-host run calls this; the first one writes. Nothing is left behind by an error.
+    Everything but the weights and the config's dtype is copied byte for byte. An adapter among the weights is merged.
     """
-    out, source = Path(out), Path(source)
+    source = Path(source)
+    with drafted(Path(out), dtype) as draft:
+        assert load_config(source) == model.config, f"{source} describes another model than the weights'"
+        config = _json(source / CONFIG)
+        if "adapter" in weights:
+            places = jax.tree.map(lambda w: w.sharding, {k: w for k, w in weights.items() if k != "adapter"})
+            weights = jax.jit(model.merged, out_shardings=places)(weights)
+        shards = _plan(_tensors(model), DTYPES[dtype].itemsize, max_shard_bytes)
+        _write_weights(draft, shards, _flat(weights), DTYPES[dtype])
+        if draft is not None:
+            _write_rest(draft, source, config, dtype)
+    return Path(out)
+
+
+@contextmanager
+def drafted(out: Path, dtype: str) -> Iterator[Path | None]:
+    """A directory that becomes `out` when the block is over; `out` must not exist or be empty.
+
+    Every process of a multi-host run enters; the first one writes, and the others get None. Nothing is left behind by
+    an error.
+    """
     if dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r} is not allowed; it must be one of {', '.join(DTYPES)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already and is not an empty directory; choose another name or remove it")
-    assert load_config(source) == model.config, f"{source} describes another model than the weights'"
-    config = _json(source / CONFIG)
-    shards = _plan(_tensors(model), DTYPES[dtype].itemsize, max_shard_bytes)
     writer = jax.process_index() == 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -336,16 +352,14 @@ def export(
         raise UserError(f"{out}: its directory cannot be made ({error.strerror}); choose another") from error
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)) if writer else None
     try:
-        _write_weights(draft, shards, _flat(weights), DTYPES[dtype])
+        yield draft
         if draft is not None:
-            _write_rest(draft, source, config, dtype)
             draft.chmod(0o755)  # mkdtemp's own is for this user alone
             draft.replace(out)
     except BaseException:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
         raise
-    return out
 
 
 def _plan(tensors: Sequence[Tensor], itemsize: int, limit: int) -> list[list[Tensor]]:
@@ -378,9 +392,9 @@ def _write_weights(
             block[tensor.name] = _to_file(array, tensor, dtype)
             weight_map[tensor.name], total = file, total + block[tensor.name].nbytes
         if draft is not None:
-            _save(draft / file, block)
+            save_tensors(draft / file, block)
     if draft is not None and count > 1:
-        _write(draft / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(draft / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def _host(array: Any, tensor: Tensor) -> np.ndarray:
@@ -407,7 +421,7 @@ def _to_file(array: np.ndarray, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
     return block
 
 
-def _save(file: Path, tensors: dict[str, np.ndarray]) -> None:
+def save_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:  # the library hides the system's error in its text
@@ -417,7 +431,7 @@ def _save(file: Path, tensors: dict[str, np.ndarray]) -> None:
     file.chmod(0o644)  # safetensors leaves it readable by its writer alone, and a server may run as another user
 
 
-def _write(file: Path, content: Mapping[str, Any]) -> None:
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -428,7 +442,7 @@ def _sources(source: Path) -> Iterator[Path]:
 def _write_rest(draft: Path, source: Path, config: Mapping[str, Any], dtype: str) -> None:
     """The config with its dtype, and the source's own bytes of everything else."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]  # readers take either
-    _write(draft / CONFIG, {**config, **dict.fromkeys(keys, dtype)})
+    write_json(draft / CONFIG, {**config, **dict.fromkeys(keys, dtype)})
     for file in _sources(source):
         target = draft / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)

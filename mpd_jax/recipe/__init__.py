@@ -3,6 +3,7 @@
 | method | write | rewrite | target (weights / context) | loss | config |
 |---|---|---|---|---|---|
 | MPD (2605.08776) | student | compress by teacher | teacher / plain | reverse_kl | `mpd.yaml` |
+| MPD of all weights | student | compress by teacher | teacher / plain | reverse_kl | `mpd_full.yaml` |
 | its On-Policy (C) | student | compress by student | teacher / plain | reverse_kl | `on_policy_self_compressed.yaml` |
 | its Off-Policy (C) | teacher | compress by teacher | teacher / plain | forward_kl | `off_policy_compressed.yaml` |
 | on-policy distillation | student | nobody | teacher / plain | reverse_kl | `on_policy.yaml` |

@@ -34,6 +34,11 @@ def copied(weights: Weights) -> Weights:
     return jax.tree.map(jnp.copy, weights)
 
 
+def keeps_copy(config: TargetConfig, adapter_starts_at_zero: bool) -> bool:
+    """Whether the target needs a copy of what trains: a frozen one is an adapter that began at zero, switched off."""
+    return config.is_self and not (config.weights == "self_frozen" and adapter_starts_at_zero)
+
+
 def start(config: TargetConfig, student_weights: Weights, teacher_weights: Weights | None) -> Weights | None:
     """The target's weights at step 0: a copy of the student's, the teacher's themselves (frozen anyway), or None."""
     if config.is_self:

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mpd_jax.models.decoder import Model
+from mpd_jax.models.lora import Adapted
 from mpd_jax.sharding import tree_shardings
 from mpd_jax.types import UserError
 
@@ -116,6 +117,8 @@ class Trained(NamedTuple):
 class RunState(NamedTuple):
     """A run: `step` updates are done. `self_weights` are real copies (or None), never the buffers of `weights`.
 
+    weights: what trains, all of the student's or an adapter; frozen weights are no part of the state.
+
     memory: small named numbers that belong to the run (rollbacks, served_version, skipped_updates, ...).
     """
 
@@ -135,7 +138,7 @@ def init_opt_state(tx: optax.GradientTransformation, weights: PyTree) -> PyTree:
     return tx.init(jax.tree.map(lambda w: w.astype(jnp.float32), weights))
 
 
-def trained_shardings(model: Model, tx: optax.GradientTransformation, mesh: Mesh) -> Trained:
+def trained_shardings(model: Model | Adapted, tx: optax.GradientTransformation, mesh: Mesh) -> Trained:
     """Where weights and optimiser state live: each moment beside its weight, counters everywhere."""
     shapes = model.abstract()
     weights = tree_shardings(mesh, model.logical_axes(), shapes, "train")
@@ -151,7 +154,7 @@ def trained_shardings(model: Model, tx: optax.GradientTransformation, mesh: Mesh
 
 
 def new_state(
-    model: Model,
+    model: Model | Adapted,
     tx: optax.GradientTransformation,
     mesh: Mesh | None,
     weights: PyTree,

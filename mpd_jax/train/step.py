@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mpd_jax.models.decoder import Model
 from mpd_jax.models.kernels import takes_segments
+from mpd_jax.models.lora import Adapted
 from mpd_jax.recipe.loss import LossConfig, fused_cross_entropy, fused_divergence
 from mpd_jax.sharding import batch_sharding
 from mpd_jax.train.state import PyTree, Trained, trained_shardings
@@ -42,7 +43,9 @@ def position_sums(value_R: jax.Array, counts_R: jax.Array, index_R: jax.Array) -
 
 
 class Update:
-    """`update(trained, target_weights, batch) -> (trained, out)`; `trained` is donated, the target is only read.
+    """`update(trained, target_weights, batch, base) -> (trained, out)`; `trained` is donated, the rest is only read.
+
+    base: the student's frozen weights where an adapter trains, else None.
 
     out: "loss" (what was minimised), "grad_norm", "finite", "tokens", sums over the tokens that count of "divergence",
     "student_entropy", "target_entropy", and by position bucket "divergence_at", "tokens_at".
@@ -51,7 +54,7 @@ class Update:
 
     def __init__(
         self,
-        body: Callable[[Trained, PyTree, TracedBatch], tuple[Trained, Out]],
+        body: Callable[[Trained, PyTree, TracedBatch, PyTree], tuple[Trained, Out]],
         mesh: Mesh | None,
         pieces: int,
         shardings: Trained | None,
@@ -62,21 +65,23 @@ class Update:
         self._pieces = pieces
         self._alone = alone
 
-        def traced(trained: Trained, target_weights: PyTree, batch: TracedBatch) -> tuple[Trained, Out]:
+        def traced(trained: Trained, target_weights: PyTree, batch: TracedBatch, base: PyTree) -> tuple[Trained, Out]:
             self.traces += 1
-            return body(trained, target_weights, batch)
+            return body(trained, target_weights, batch, base)
 
         places = None if mesh is None else (shardings, NamedSharding(mesh, PartitionSpec()))
         self._jitted: Any = jax.jit(traced, donate_argnums=0, out_shardings=places)
 
-    def __call__(self, trained: Trained, target_weights: PyTree, batch: Batch) -> tuple[Trained, Out]:
+    def __call__(
+        self, trained: Trained, target_weights: PyTree, batch: Batch, base: PyTree = None
+    ) -> tuple[Trained, Out]:
         with self._on_mesh():
-            return self._jitted(trained, target_weights, self.place(batch))
+            return self._jitted(trained, target_weights, self.place(batch), base)
 
-    def lower(self, trained: Trained, target_weights: PyTree, batch: Batch) -> Any:
+    def lower(self, trained: Trained, target_weights: PyTree, batch: Batch, base: PyTree = None) -> Any:
         """The lowered program for arguments of these shapes; their values are not read."""
         with self._on_mesh():
-            return self._jitted.lower(trained, target_weights, batch)
+            return self._jitted.lower(trained, target_weights, batch, base)
 
     def _on_mesh(self) -> AbstractContextManager:
         """The decoder places its activations on the mesh that is set while it is traced."""
@@ -105,7 +110,7 @@ class Update:
 
 
 def make_update(
-    student: Model,
+    student: Model | Adapted,
     target: Model | None,
     loss: LossConfig,
     tx: optax.GradientTransformation,
@@ -118,7 +123,8 @@ def make_update(
     student, target = student.on(mesh), target.on(mesh) if target else None
     shardings = trained_shardings(student, tx, mesh) if mesh is not None else None
 
-    def objective(weights: PyTree, target_rows: tuple[jax.Array, jax.Array] | None, batch: TracedBatch):
+    def objective(trained: PyTree, base: PyTree, target_rows: tuple[jax.Array, jax.Array] | None, batch: TracedBatch):
+        weights = student.over(base, trained)
         hidden_BTD = student.hidden(weights, batch.student_tokens_BT, segments_BT=batch.student_segments_BT)
         rows_RD = response_rows(hidden_BTD, batch.student_at_BR)
         head_VD, weight_R = student.head(weights), batch.weight_BR.reshape(-1)
@@ -129,21 +135,21 @@ def make_update(
             )
         return fused_divergence(rows_RD, head_VD, *target_rows, weight_R, loss=loss, mesh=mesh, vocab_size=vocab_size)
 
-    def piece(weights: PyTree, target_weights: PyTree, batch: TracedBatch) -> tuple[PyTree, Out]:
+    def piece(trained: PyTree, base: PyTree, target_weights: PyTree, batch: TracedBatch) -> tuple[PyTree, Out]:
         """Gradient and sums of one micro-batch. The target is read outside the differentiated function."""
         target_rows = None
         if target is not None:
             hidden_BTE = target.hidden(target_weights, batch.target_tokens_BT, segments_BT=batch.target_segments_BT)
             rows_RE = response_rows(hidden_BTE, batch.target_at_BR)
             target_rows = jax.lax.stop_gradient((rows_RE, target.head(target_weights)))
-        (value, stats), gradient = jax.value_and_grad(objective, has_aux=True)(weights, target_rows, batch)
+        (value, stats), gradient = jax.value_and_grad(objective, has_aux=True)(trained, base, target_rows, batch)
         if shardings is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, shardings.weights)
         return gradient, {"loss": value, **token_sums(stats, batch)}
 
-    def body(trained: Trained, target_weights: PyTree, batch: TracedBatch) -> tuple[Trained, Out]:
+    def body(trained: Trained, target_weights: PyTree, batch: TracedBatch, base: PyTree) -> tuple[Trained, Out]:
         gradient, out = accumulate(
-            lambda part: piece(trained.weights, target_weights, part), batch, micro_batches, mesh
+            lambda part: piece(trained.weights, base, target_weights, part), batch, micro_batches, mesh
         )
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(out["loss"])
