@@ -4,7 +4,9 @@ import itertools
 import json
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mpd_jax import cli
 from tests.e2e.tiny import QUICKSTART, ROOT, SMALL
@@ -67,6 +69,37 @@ def test_export_sample_and_regrade_use_the_trained_student(run_dir, tmp_path, ca
     assert answer["finish_reason"] in ("stop", "length") and all(value <= 0 for value in answer["logprobs"])
     assert json.loads(command(capsys, *words)[1]) == answer
     assert command(capsys, "eval", run_dir, "--regrade", "rules")[0] == 0
+
+
+def test_an_adapter_is_trained_and_exported_alone_and_merged(tmp_path, capsys):
+    """Against its own switched-off self, so that no teacher is loaded; merged by hand from the exported adapter."""
+    from mpd_jax import config, roles, run
+
+    path = tmp_path / "lora"
+    overrides = ["student.lora={rank: 4, alpha: 8, target_modules: [o_proj, up_proj]}", "recipe.rewrite={how: nobody}"]
+    overrides += ["recipe.target={weights: self_frozen, context: concise}", "eval.concise_row=false"]
+    run.train(config.load(QUICKSTART, [*SMALL, *overrides, f"run.dir={path}"]))
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["finite"] for row in rows] == [True, True] and rows[0]["grad_norm"] > 0
+    assert command(capsys, "export", path, tmp_path / "merged", "--dtype", "float32")[0] == 0
+    assert command(capsys, "export", path, tmp_path / "adapter", "--adapter")[0] == 0
+    base = load_file(roles.TINY / "student" / "model.safetensors")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in adapter} == {"o_proj", "up_proj"} and base.keys() == merged.keys()
+    for name, held in merged.items():
+        start = base[name].astype(np.float32)
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{stem}.lora_A.weight" in adapter:
+            added = 2.0 * adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"]
+            assert np.abs(added).max() > 1e-5
+            start = start + added
+        np.testing.assert_allclose(held, start, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_no_adapter_is_exported_of_a_run_that_trained_all_weights(run_dir, tmp_path, capsys):
+    code, _, error = command(capsys, "export", run_dir, tmp_path / "adapter", "--adapter")
+    assert code == 2 and "--adapter" in error and "trained all weights" in error
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ PHASES = ("write", "rewrite", "update", "save")
 STEPS = 4
 
 
-def command(run_dir: Path) -> list[str]:
+def command(run_dir: Path, extra: tuple[str, ...] = ()) -> list[str]:
     overrides = [*SMALL, f"train.steps={STEPS}", f"run.dir={run_dir}", "eval.concise_row=false", "mesh.data=1"]
+    overrides += extra
     return [sys.executable, "-m", "mpd_jax", "train", str(QUICKSTART), *overrides]
 
 
@@ -39,8 +40,8 @@ def environment(cache: Path) -> dict[str, str]:
     }
 
 
-def run_to_the_end(run_dir: Path, cache: Path) -> None:
-    done = subprocess.run(command(run_dir), env=environment(cache), capture_output=True, text=True, timeout=600)
+def run_to_the_end(run_dir: Path, cache: Path, extra: tuple[str, ...] = ()) -> None:
+    done = subprocess.run(command(run_dir, extra), env=environment(cache), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 
@@ -57,9 +58,13 @@ def open_phase(run_dir: Path) -> tuple[int, str]:
     return [(step, phase) for step, phase in phases(run_dir) if phase != "saved"][-1]
 
 
-def kill_in(phase: str, step: int, run_dir: Path, cache: Path, delay: float) -> tuple[int, str]:
+def kill_in(
+    phase: str, step: int, run_dir: Path, cache: Path, delay: float, extra: tuple[str, ...] = ()
+) -> tuple[int, str]:
     """Kills a run `delay` seconds after it entered the phase; returns the phase that was open when it died."""
-    with subprocess.Popen(command(run_dir), env=environment(cache), stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command(run_dir, extra), env=environment(cache), stderr=subprocess.PIPE, text=True
+    ) as process:
         deadline = time.monotonic() + 300
         while (step, phase) not in phases(run_dir):
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
@@ -81,18 +86,18 @@ def ending(run_dir: Path, out: Path) -> str:
     return digest.hexdigest()
 
 
-def kill_and_compare(tmp_path: Path, repeats: int) -> list[tuple[str, tuple[int, str]]]:
+def kill_and_compare(tmp_path: Path, repeats: int, *extra: str) -> list[tuple[str, tuple[int, str]]]:
     cache = tmp_path / "cache"
     whole = tmp_path / "whole"
-    run_to_the_end(whole, cache)
+    run_to_the_end(whole, cache, extra)
     expected = ending(whole, tmp_path / "whole_export")
 
     def one(case: tuple[str, int]) -> tuple[str, tuple[int, str]]:
         phase, number = case
         run_dir = tmp_path / f"{phase}_{number}"
         # After step 1, at a moment of its own within the phase.
-        hit = kill_in(phase, 1 + number % 2, run_dir, cache, delay=0.002 * number)
-        run_to_the_end(run_dir, cache)
+        hit = kill_in(phase, 1 + number % 2, run_dir, cache, delay=0.002 * number, extra=extra)
+        run_to_the_end(run_dir, cache, extra)
         return phase, hit
 
     cases = [(phase, number) for phase in PHASES for number in range(repeats)]
@@ -119,3 +124,8 @@ def test_twenty_killed_runs_end_like_one_never_stopped(tmp_path):
         print(f"wanted {wanted:8} killed in {hit:8} of step {step}")
     for phase in PHASES:
         assert sum(hit == phase for _, (_, hit) in hits) >= 5, f"too few kills hit {phase}"
+
+
+@pytest.mark.slow
+def test_killed_runs_that_train_an_adapter_end_like_one_never_stopped(tmp_path):
+    kill_and_compare(tmp_path, 1, "student.lora={rank: 4, alpha: 8}", "student.param_dtype=bfloat16")
