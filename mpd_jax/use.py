@@ -191,7 +191,7 @@ class _Answerer:
         print(f"\n[{len(ids)} tokens]", flush=True)
 
 
-def export(source: Path, out: Path, dtype: str | None, adapter: bool) -> None:
+def export(source: Path, out: Path, dtype: str | None, adapter: bool = False) -> None:
     """`mpd-jax export`: the student's weights with any adapter merged, or the adapter alone."""
     if not (source / "config.yaml").is_file():
         raise UserError(f"{source}: no run directory (it holds no config.yaml); give the run.dir of a training run")
