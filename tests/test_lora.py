@@ -166,6 +166,18 @@ def test_switched_off_the_adapter_costs_no_memory_and_is_the_base():
         assert own is leaf and beside is leaf
 
 
+def test_weights_of_experts_take_no_adapter():
+    class Experts(type(MODEL)):
+        def abstract(self):
+            tree = super().abstract()
+            held = {f"expert_{name}": x for name, x in tree["blocks"]["mlp"].items()}
+            return {**tree, "blocks": {**tree["blocks"], "mlp": held}}
+
+    with pytest.raises(UserError, match=r"target_modules = \['gate_proj', 'down_proj'\] is not allowed for this model"):
+        Adapted(Experts(MODEL.config), LoraConfig(4, 8, ("q_proj", "gate_proj", "down_proj")))
+    assert Adapted(Experts(MODEL.config), LoraConfig(4, 8, ("q_proj", "o_proj"))).abstract().keys() == {"attention"}
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

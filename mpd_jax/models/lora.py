@@ -83,6 +83,15 @@ class Adapted:
     model: Model
     lora: LoraConfig
 
+    def __post_init__(self) -> None:
+        blocks = self.model.abstract()["blocks"]
+        absent = [target for target in self.lora.target_modules if TARGETS[target][1] not in blocks[TARGETS[target][0]]]
+        if absent:
+            raise UserError(
+                f"student.lora.target_modules = {absent} is not allowed for this model, whose feed-forward layers are "
+                "experts; leave gate_proj, up_proj and down_proj out"
+            )
+
     def on(self, mesh: Mesh | None) -> "Adapted":
         """See `Model.on`."""
         return replace(self, model=self.model.on(mesh))
