@@ -96,6 +96,10 @@ class Adapted:
         """See `Model.on`."""
         return replace(self, model=self.model.on(mesh))
 
+    @property
+    def attention(self) -> str:
+        return self.model.attention
+
     def init(self, key: jax.Array) -> Weights:
         """A as PEFT draws it, uniform up to 1 / sqrt(in) either way; B zero, so that nothing changes yet."""
 
