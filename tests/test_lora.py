@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from mpd_jax import config
+from mpd_jax.models.config import Experts
 from mpd_jax.models.lora import TARGETS, Adapted, LoraConfig
 from mpd_jax.recipe.loss import LossConfig
 from mpd_jax.sharding import MeshConfig, make_mesh, tree_shardings
@@ -166,16 +167,13 @@ def test_switched_off_the_adapter_costs_no_memory_and_is_the_base():
         assert own is leaf and beside is leaf
 
 
-def test_weights_of_experts_take_no_adapter():
-    class Experts(type(MODEL)):
-        def abstract(self):
-            tree = super().abstract()
-            held = {f"expert_{name}": x for name, x in tree["blocks"]["mlp"].items()}
-            return {**tree, "blocks": {**tree["blocks"], "mlp": held}}
-
+def test_experts_take_no_adapter_and_the_attention_beside_them_does():
+    model = tiny_model(experts=Experts(count=4, per_token=2, normalised=True))
     with pytest.raises(UserError, match=r"target_modules = \['gate_proj', 'down_proj'\] is not allowed for this model"):
-        Adapted(Experts(MODEL.config), LoraConfig(4, 8, ("q_proj", "gate_proj", "down_proj")))
-    assert Adapted(Experts(MODEL.config), LoraConfig(4, 8, ("q_proj", "o_proj"))).abstract().keys() == {"attention"}
+        Adapted(model, LoraConfig(4, 8, ("q_proj", "gate_proj", "down_proj")))
+    adapted, logits = Adapted(model, LoraConfig(4, 8, ("q_proj", "o_proj"))), jax.jit(model.logits)
+    weights = adapted.over(weights_of(model, 0), adapter_of(adapted, 1))
+    np.testing.assert_allclose(logits(model.merged(weights), TOKENS), logits(weights, TOKENS), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

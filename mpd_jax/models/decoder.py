@@ -133,7 +133,8 @@ class MixtureOfExperts(nnx.Module):
         self.expert_down = _normal(rngs, (X, F, D), "experts", "expert_mlp", "embed")
         self.chosen = config.experts
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, adapter: None = None) -> jax.Array:
+        """adapter: experts have none."""
         parameters = self.router, self.expert_gate, self.expert_up, self.expert_down
         return mixture(self.chosen, x_BTD, *(w[...].astype(x_BTD.dtype) for w in parameters))
 
