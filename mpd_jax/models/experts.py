@@ -108,7 +108,8 @@ _unsorted.defvjp(
 
 
 # Grouped products: rows lie group after group, each group has a matrix of its own, and rows beyond the groups give
-# zero. XLA has them for TPU alone: its ragged_dot elsewhere multiplies every row by every matrix.
+# zero. XLA has them for TPU alone, and not for the matrices' gradients: elsewhere its ragged_dot makes a copy of all
+# rows for every matrix.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -124,7 +125,7 @@ def _grouped_forward(axes, x_CA, w_XAB, sizes_X):
 def _grouped_backward(axes, held, g_CB):
     x_CA, w_XAB, sizes_X = held
     dx_CA = _grouped(axes, g_CB, w_XAB.swapaxes(1, 2), sizes_X)
-    dw_XAB = lax.platform_dependent(x_CA, g_CB, sizes_X, tpu=_ragged_outer, default=partial(_outer_in_blocks, axes))
+    dw_XAB = _outer_in_blocks(axes, x_CA, g_CB, sizes_X)
     return dx_CA, dw_XAB.astype(w_XAB.dtype), None
 
 
@@ -139,15 +140,6 @@ def _precision(x: jax.Array) -> lax.Precision | None:
 def _ragged(x_CA, w_XAB, sizes_X):
     y_CB = lax.ragged_dot(x_CA, w_XAB, sizes_X, precision=_precision(x_CA))
     return jnp.where((jnp.arange(len(y_CB)) < jnp.sum(sizes_X))[:, None], y_CB, 0)
-
-
-def _ragged_outer(x_CA, g_CB, sizes_X):
-    dimensions = lax.RaggedDotDimensionNumbers(
-        (((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
-    )
-    return lax.ragged_dot_general(
-        x_CA, g_CB, sizes_X, dimensions, precision=_precision(x_CA), preferred_element_type=jnp.float32
-    )
 
 
 def _in_blocks(axes, x_CA, w_XAB, sizes_X):
