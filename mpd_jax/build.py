@@ -17,6 +17,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
+from mpd_jax import __version__, hosts
 from mpd_jax.config import RunConfig, flat, under
 from mpd_jax.data.batching import to_batch
 from mpd_jax.data.chat import Chat, Contexts
@@ -95,8 +96,6 @@ def require_what_is_read(recipe: Recipe, problems: Sequence[Problem]) -> None:
 
 def check_sizes(config: RunConfig, roles: Roles, mesh: Mesh, problems: Sequence[Problem]) -> None:
     """Step 4: what would otherwise fail in the middle of a run."""
-    if jax.process_count() > 1:
-        raise UserError(f"{jax.process_count()} processes: a run is one process; start it on one host")
     reading = [files for files in (roles.student, roles.target(config.recipe)) if files]
     for files in reading:
         window = files.model.config.max_position_embeddings
@@ -133,12 +132,19 @@ def build(
     refuse_overlap(training, heldout)
     require_what_is_read(config.recipe, training)
     check_sizes(config, roles, mesh, [*training, *heldout[: config.eval.problems]])
+    hosts.require_same("the config, the problems or the version of mpd-jax", _digest(config, training, heldout))
 
     student = roles.student
     with ExitStack() as stack:
         phases = PhaseLog(run_dir / "phase.log")
         stack.callback(phases.close)
-        checkpoints = Checkpoints(run_dir, config.train.keep, lambda step: phases(step - 1, "saved"))
+        checkpoints = Checkpoints(
+            run_dir,
+            config.train.keep,
+            lambda step: phases(step - 1, "saved"),
+            keep_best=config.train.keep_best,
+            say=say,
+        )
         stack.callback(checkpoints.close)
         state = _start(config, student, mesh, checkpoints, run_dir, say)
         base = student.base(mesh)
@@ -220,14 +226,24 @@ def _update(
     return step
 
 
+def _digest(config: RunConfig, *problems: Sequence[Problem]) -> str:
+    """A hash of what every process has to have read alike."""
+    digest = hashlib.blake2b(repr((__version__, jax.__version__, config)).encode(), digest_size=16)
+    for problem in (problem for split in problems for problem in split):
+        digest.update(repr(problem).encode())
+    return digest.hexdigest()
+
+
 def _fingerprint(config: RunConfig) -> str:
     """A hash of whatever a step's trajectories depend on; records made under another are made again."""
     free = (
         "run.dir",
         "run.compile_cache",
         "eval",
+        "mesh",
         "train.save_every",
         "train.keep",
+        "train.keep_best",
         "train.profile_steps",
         *(["train.steps"] if config.steps_are_free else []),
     )
@@ -335,8 +351,19 @@ class RecipeParts:
     rewrite: Callable[[Sequence[Problem], Sequence[Trajectory], int], list[Trajectory]]
 
 
+def stopping(advance: Callable[..., None]) -> Callable[[int], None]:
+    """A sampler's progress that also looks whether the run was asked to stop: sampling can take many minutes."""
+
+    def progress(done: int) -> None:
+        advance(done)
+        hosts.check()
+
+    return progress
+
+
 def _correct(graders: GraderPool, answer: str, reference: str) -> bool:
-    return graders.grade_many([(answer, reference)])[0].correct
+    """By process 0 alone: a grader that runs out of time on one host may not split the run."""
+    return hosts.from_main(lambda: graders.grade_many([(answer, reference)])[0].correct)
 
 
 def _recipe(
@@ -370,11 +397,11 @@ def _recipe(
 
     def write_step(problems: Sequence[Problem], step: int) -> list[Trajectory]:
         with progress(f"step {step + 1}: writing", len(problems) * recipe.write.attempts) as advance:
-            return writer(problems, step, rollbacks=rollbacks, progress=advance)
+            return writer(problems, step, rollbacks=rollbacks, progress=stopping(advance))
 
     def rewrite_step(problems: Sequence[Problem], written: Sequence[Trajectory], step: int) -> list[Trajectory]:
         with progress(f"step {step + 1}: rewriting", len(written)) as advance:
-            return rewriter(problems, written, step, rollbacks=rollbacks, progress=advance)
+            return rewriter(problems, written, step, rollbacks=rollbacks, progress=stopping(advance))
 
     return RecipeParts(write_step, rewrite_step)
 

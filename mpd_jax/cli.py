@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import sys
+import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -48,20 +50,74 @@ USERS = (
     errno.EIO,
 )
 
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        help="HOST:PORT of process 0, in a run of several processes; TPU VMs, SLURM and Kubernetes need no flag.",
+        show_default=False,
+    ),
+]
+Processes = Annotated[int | None, typer.Option(help="How many processes the run has.", show_default=False)]
+ProcessId = Annotated[int | None, typer.Option(help="Which of them this is, from 0.", show_default=False)]
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of text.")]
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None) -> None:
-    """Train the run of CONFIG: evaluate, distil, evaluate again. The same command again resumes it."""
-    from mpd_jax import run
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process_id: ProcessId = None,
+) -> None:
+    """Train the run of CONFIG: evaluate, distil, evaluate again. The same command again resumes it.
+
+    SIGTERM, or Ctrl-C once, saves and ends with exit code 75. Where another process has died it is 69.
+    """
+    from mpd_jax import hosts, run
     from mpd_jax.config import load
 
+    settings = load(config, overrides or [])
+    _join(coordinator, processes, process_id)
     try:
-        run.train(load(config, overrides or []))
-    except KeyboardInterrupt:
+        run.train(settings)
+    except hosts.Stopped:
+        if hosts.is_main():
+            typer.echo("stopped and saved; the same command again goes on", err=True)
+        hosts.leave(hosts.STOPPED)
+        raise typer.Exit(hosts.STOPPED) from None
+    except KeyboardInterrupt as error:
         typer.echo("interrupted; the same command again goes on from the last checkpoint", err=True)
+        hosts.leave(130, error)
         raise typer.Exit(130) from None
+    hosts.leave(0)
+
+
+def _join(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+    """Finds the other processes of the run, if flags or the environment say that there are any."""
+    from mpd_jax import hosts
+
+    given = {"--coordinator": coordinator, "--processes": processes, "--process-id": process_id}
+    missing = [flag for flag, value in given.items() if value is None]
+    if not missing:
+        hosts.join(coordinator, processes, process_id)
+    elif len(missing) < len(given):
+        raise UserError(f"{' and '.join(missing)}: missing; the three flags of a run of several processes go together")
+    elif _launched():
+        hosts.join()
+
+
+def _launched() -> bool:
+    """Whether a launcher that JAX knows started this as one process of several."""
+    there = os.environ
+    slurm = int(there.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in there
+    kubernetes = "KUBERNETES_SERVICE_HOST" in there and "JOB_COMPLETION_INDEX" in there
+    pod = "," in there.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in there
+    # A TPU VM says nothing in its environment: JAX asks its metadata server.
+    chips = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
+    asks = there.get("JAX_PLATFORMS") != "cpu" and "TPU_SKIP_MDS_QUERY" not in there
+    return slurm or kubernetes or pod or (chips and asks and find_spec("libtpu") is not None)
 
 
 @app.command("eval")
@@ -169,13 +225,27 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        _fail(str(error))
+        _fail(str(error), error)
     except OSError as error:
         if error.errno not in USERS:
+            _defect(error)
             raise
-        _fail(f"{error.filename or 'a file'}: {error.strerror}; free space or choose another place, then run again")
+        where = error.filename or "a file"
+        _fail(f"{where}: {error.strerror}; free space or choose another place, then run again", error)
+    except Exception as error:
+        _defect(error)
+        raise
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, error: Exception) -> None:
     typer.echo(f"error: {message}", err=True)
+    if hosts := sys.modules.get("mpd_jax.hosts"):
+        hosts.leave(2, error)
     sys.exit(2)
+
+
+def _defect(error: Exception) -> None:
+    """Where this is one process of several the others hear of it; else the caller's traceback is all."""
+    if (hosts := sys.modules.get("mpd_jax.hosts")) and not hosts.alone():
+        traceback.print_exc()
+        hosts.leave(1, error)

@@ -29,6 +29,7 @@ from mpd_jax.types import UserError
 class RunSection:
     """Where the run lives, a directory on this machine or mounted there, and its one root seed.
 
+    dir: of several processes all must see it, on a shared file system.
     compile_cache: a directory or gs:// address where compiled programs are kept: a later start, of this run or of
     another with the same shapes on the same devices, compiles nothing that it holds.
     """
@@ -138,6 +139,12 @@ def resolve(tree: dict, overrides: typing.Sequence[str] = ()) -> RunConfig:
         raise UserError("\n".join(_explain(e) for e in error.errors())) from None
     validate(config.recipe)
     _check_roles(config)
+    every, saved = config.eval.every, config.train.save_every
+    if config.train.keep_best and (every == 0 or every % saved):
+        raise UserError(
+            f"train.keep_best: {config.train.keep_best} is measured every eval.every = {every} steps, which must be a "
+            f"multiple of train.save_every = {saved}; set eval.every, or leave train.keep_best out"
+        )
     return config
 
 

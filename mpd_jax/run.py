@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,15 +21,15 @@ from typing import Any
 
 import jax
 
-from mpd_jax import __version__, build, config
+from mpd_jax import __version__, build, config, files, hosts
 from mpd_jax.config import RunConfig
 from mpd_jax.eval import evaluate as evaluation
 from mpd_jax.eval.evaluate import EvalRow
 from mpd_jax.eval.plot import plot_run
+from mpd_jax.files import write_atomically, writing
 from mpd_jax.screen import Screen, live_line
 from mpd_jax.train import loop
 from mpd_jax.train.metrics import read_rows
-from mpd_jax.train.records import write_atomically, writing
 from mpd_jax.train.state import RunState
 from mpd_jax.types import UserError
 
@@ -57,18 +57,19 @@ FREE = (
     "train.profile_steps",
     "train.save_every",
     "train.keep",
+    "train.keep_best",
 )
 BASE, CONCISE, TRAINED = "base", "prompt-only concise", "trained"
 
 
 def train(settings: RunConfig) -> Path:
     """Evaluate, train, evaluate again, sum up. Returns the run directory."""
-    screen, run_dir, began = Screen(), Path(settings.run.dir), time.perf_counter()
+    screen, run_dir, began = Screen(quiet=not hosts.is_main()), Path(settings.run.dir), time.perf_counter()
     if settings.run.compile_cache:
         keep_compiled(settings.run.compile_cache)
     steps = settings.train.steps
-    with locked(run_dir), screen.bar("training", steps) as advance:
-        refuse_another_run(run_dir, settings)
+    with hosts.stoppable(screen.say), locked(run_dir), screen.bar("training", steps) as advance:
+        hosts.from_main(lambda: refuse_another_run(run_dir, settings))
         run, state = build.build(
             settings, run_dir, lambda row: advance(row["step"] + 1, live_line(row)), screen.say, screen.bar
         )
@@ -83,11 +84,17 @@ def train(settings: RunConfig) -> Path:
             else:
                 screen.say(f"all {steps} steps are done; raise train.steps to go on")
             measured = [*before, *judged.trained(state)]
-            rows = with_truncation(run_dir, measured)
-        record_process(run_dir, state.step - start, time.perf_counter() - began)
-        summary = summarise(run_dir, settings, rows, judged.seconds)
-        write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-        plot_run(read_rows(run_dir / "metrics.jsonl"), judged.curve(measured), run_dir / "curves.png")
+
+        rows: list[EvalRow] = []
+
+        def sum_up() -> None:
+            rows[:] = with_truncation(run_dir, measured)
+            record_process(run_dir, state.step - start, time.perf_counter() - began)
+            summary = summarise(run_dir, settings, rows, judged.seconds)
+            write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+            plot_run(read_rows(run_dir / "metrics.jsonl"), judged.curve(measured), run_dir / "curves.png")
+
+        hosts.from_main(sum_up)
     screen.show(evaluation.table(rows))
     if skipped := state.memory.get("skipped_updates", 0):
         dropped = f"warning: {skipped} of {state.step} updates were skipped, for every trajectory was dropped"
@@ -109,16 +116,20 @@ def keep_compiled(directory: str) -> None:
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """One trainer a run directory; the lock is gone with the process, however it ends."""
-    with writing(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(run_dir / ".lock", "w")  # noqa: SIM115 - held until the end of the block
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"run.dir: {run_dir} is being trained by another process; wait for it, or choose another run.dir"
-            ) from None
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            with writing(run_dir):
+                run_dir.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(run_dir / ".lock", "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"run.dir: {run_dir} is being trained by another process; wait for it, or choose another run.dir"
+                ) from None
+
+        hosts.from_main(lock)
         yield
 
 
@@ -151,7 +162,8 @@ class Judged:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def base(self, state: RunState) -> list[EvalRow]:
-        """The untrained student: as it is, and merely asked for fewer words."""
+        """The untrained student: as it is, and merely asked for fewer words. Rows are process 0's alone, here and
+        below."""
         wanted = [(BASE, "plain")]
         if self.run.config.eval.concise_row:
             wanted.append((CONCISE, "concise"))
@@ -161,10 +173,11 @@ class Judged:
             run.load_student(start, 0)
         return [row for name, context in wanted for row in self._evaluate(name, context)]
 
-    def between(self, state: RunState) -> None:
-        """In the middle of training."""
+    def between(self, state: RunState) -> dict[str, float]:
+        """In the middle of training. The figures that train.keep_best may name, at the first temperature."""
         self.run.load_student(state.weights, state.step)
-        self._evaluate(f"step {state.step}", "plain")
+        rows = self._evaluate(f"step {state.step}", "plain")
+        return hosts.from_main(lambda: {"accuracy": rows[0].accuracy, "mean_tokens": rows[0].mean_tokens})
 
     def trained(self, state: RunState) -> list[EvalRow]:
         name = f"{TRAINED}, step {state.step}"
@@ -174,14 +187,14 @@ class Judged:
 
     def forget_after(self, step: int) -> None:
         """Removes what was measured of later steps: a resumed run may come to other weights there."""
-        for path in self._path("").parent.glob("*.json*"):
+        for path in list(self._path("").parent.glob("*.json*")) if hosts.is_main() else ():
             number = re.search(r"step (\d+)$", path.stem)
             if number and int(number[1]) > step:
-                path.unlink()
+                files.remove(path)
 
     def curve(self, rows: Sequence[EvalRow]) -> list[tuple[int, EvalRow]]:
         """Every stored evaluation with its step."""
-        stored = [path for path in self._path("").parent.glob("step *.jsonl") if self._stored(path.stem)]
+        stored = [path for path in self._path("").parent.glob("step *.jsonl") if self._is_stored(path.stem)]
         between = [(int(path.stem.split()[1]), path) for path in stored]
         points = [(step, row) for step, path in sorted(between) for row in evaluation.read_rows(path)]
         return [*((int(r.name.split()[-1]) if r.name.startswith(TRAINED) else 0, r) for r in rows), *points]
@@ -202,6 +215,9 @@ class Judged:
         return json.loads(json.dumps(made_with))
 
     def _stored(self, name: str) -> bool:
+        return hosts.from_main(lambda: self._is_stored(name))
+
+    def _is_stored(self, name: str) -> bool:
         head = self._path(name).with_suffix(".json")
         try:
             return json.loads(head.read_text())["settings"] == self._settings()
@@ -212,6 +228,8 @@ class Judged:
         path, run = self._path(name), self.run
         head = path.with_suffix(".json")
         if self._stored(name):
+            if not hosts.is_main():
+                return []
             self.seconds[f"evaluate {name}"] = json.loads(head.read_text())["seconds"]
             return evaluation.read_rows(path)
         began = time.perf_counter()
@@ -225,7 +243,7 @@ class Judged:
                 seed=run.config.run.seed,
                 context=context,
                 out_path=path,
-                progress=advance,
+                progress=build.stopping(advance),
             )
         self.seconds[f"evaluate {name}"] = time.perf_counter() - began
         content = {

@@ -13,10 +13,13 @@ LOG_EVERY_S = 10.0
 
 
 class Screen:
-    """Progress, messages and tables on standard error; standard output stays free for results."""
+    """Progress, messages and tables on standard error; standard output stays free for results.
 
-    def __init__(self) -> None:
-        self.console = Console(file=sys.stderr, highlight=False)
+    quiet: says nothing, for a process whose words another one says already.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(file=sys.stderr, highlight=False, quiet=quiet)
         self._progress: Progress | None = None
 
     def say(self, message: str) -> None:

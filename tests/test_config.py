@@ -53,6 +53,7 @@ def test_configs_of_real_size_give_each_of_eight_accelerators_one_row_at_a_time(
         ("teacher=null", "teacher: missing"),
         ("student=null", "student: None is not allowed"),
         ("recipe.loss.kind=cross_entropy", "cross_entropy"),
+        ("train.keep_best=accuracy", "train.keep_best: accuracy is measured every eval.every = 0 steps"),
         ("run={}", "run.dir: required and missing"),
         ("run.dir=gs://bucket/run", "run.dir: 'gs://bucket/run' is not allowed"),
     ],

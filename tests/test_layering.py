@@ -8,6 +8,8 @@ PACKAGE = Path(__file__).parent.parent / "mpd_jax"
 # A module imports only from lower layers, or from its own layer inside its own folder.
 LAYERS = [
     {"types"},
+    {"hosts"},
+    {"files"},
     {"sharding", "recipe.loss", "recipe.fused", "sampling.sampler", "eval.grade", "eval.math_worker"},
     {"models"},
     {"data", "sampling", "train.state"},

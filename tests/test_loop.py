@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mpd_jax import hosts
 from mpd_jax.recipe.loss import LossConfig
 from mpd_jax.sampling.sampler import request_key
 from mpd_jax.train.checkpoint import Checkpoints
@@ -158,6 +159,34 @@ def test_a_run_stopped_in_any_phase_and_run_again_ends_with_the_same_bits(straig
     assert rows_without_times(tmp_path) == straight[1]
     # What was on disk was not sampled again.
     assert step not in opened.student.calls if phase != "write" else step in opened.student.calls
+
+
+@pytest.mark.parametrize("at", range(1, 12, 2))
+def test_a_run_asked_to_stop_saves_first_and_ends_with_the_same_bits(straight, tmp_path, monkeypatch, at):
+    """Stopped at its look number `at`: the loop's own at the top of a step, or a writer's in the middle of one."""
+    looks = itertools.count(1)
+
+    def check():
+        if next(looks) == at:
+            raise hosts.Stopped
+
+    def write(problems, step):
+        hosts.check()
+        return opened.student.write(problems, step)
+
+    monkeypatch.setattr(hosts, "check", check)
+    state = new_state(MODEL, TX, None, weights_of(MODEL, 0), seed=SEED, self_weights=weights_of(MODEL, 1))
+    opened = open_run(tmp_path, save_every=100)
+    with pytest.raises(hosts.Stopped):
+        train(replace(opened.parts, write=write), state)
+    opened.close()
+    done = (at - 1) // 2
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ([str(done)] if done else [])
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == done
+    monkeypatch.undo()
+    state, _ = run(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), straight[0])
+    assert rows_without_times(tmp_path) == straight[1]
 
 
 def test_a_run_stopped_twice_and_one_that_was_over_end_with_the_same_bits(straight, tmp_path):

@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from mpd_jax.train.records import Records, from_json, to_json, write_atomically
+from mpd_jax.files import write_atomically
+from mpd_jax.train.records import Records, from_json, to_json
 from mpd_jax.types import Problem, Trajectory, UserError
 
 PROBLEMS = [Problem("a", "?"), Problem("b ", "?")]

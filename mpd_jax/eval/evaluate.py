@@ -16,7 +16,9 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from mpd_jax import hosts
 from mpd_jax.eval.grade import GRADERS, GraderPool
+from mpd_jax.files import write_atomically
 from mpd_jax.sampling.sampler import (
     COLDEST,
     Request,
@@ -26,7 +28,6 @@ from mpd_jax.sampling.sampler import (
     request_key,
     usable_temperature,
 )
-from mpd_jax.train.records import write_atomically
 from mpd_jax.types import Problem, UserError
 
 if TYPE_CHECKING:
@@ -149,6 +150,8 @@ def evaluate(
 ) -> list[EvalRow]:
     """One row a temperature, in the config's order. The sampler answers with the weights it has loaded.
 
+    Of several processes all sample, and process 0 grades, writes and has the rows.
+
     out_path: JSONL of all samples, written whole at the end. progress: told the responses finished so far, of
     `count(problems, config)`.
     """
@@ -173,10 +176,10 @@ def evaluate(
                 _sample(name, context, temperature, problem, k, response, chat, config.max_tokens)
                 for (problem, _, k), response in zip(asked, responses, strict=True)
             ]
-            samples += _graded(drawn, pool)
+            samples += _graded(drawn, pool) if hosts.is_main() else drawn
     if out_path is not None:
         write_samples(out_path, samples)
-    return rows_of(samples)
+    return rows_of(samples) if hosts.is_main() else []
 
 
 def count(problems: Sequence[Problem], config: EvalConfig) -> int:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mpd_jax.eval.evaluate import EvalRow
-from mpd_jax.train.records import write_atomically
+from mpd_jax.files import write_atomically
 
 INK, MUTED, GRID = "#1f2328", "#6e7781", "#e6e8eb"
 HELD_OUT, WRITTEN, TRAINED_ON = "#0b5cad", "#e08214", "#7a5195"

@@ -5,6 +5,7 @@ that was cut short is never taken for a checkpoint. Arrays are pure dicts: the o
 """
 
 import errno
+import itertools
 import logging
 import os
 import shutil
@@ -16,8 +17,11 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from mpd_jax import hosts
 from mpd_jax.train.state import PyTree, RunState
 from mpd_jax.types import UserError
+
+log = logging.getLogger(__name__)
 
 
 def to_dicts(state: RunState) -> dict[str, PyTree]:
@@ -35,17 +39,27 @@ def from_dicts(arrays: dict[str, PyTree], like: RunState) -> RunState:
 
 
 class Checkpoints:
-    """Checkpoints of one run, the last `keep` of them.
+    """Checkpoints of one run: the last `keep` of them, and the best by the figure `keep_best` that it was saved with.
 
     read_only: another process may be training; nothing is cleaned up or written.
-    `on_commit(step)` is called by the saving thread when everything is written and only the renaming is left.
+    `on_commit(step)` is called by the saving thread when everything is written and only the renaming is left. `say` is
+    told of checkpoints that cannot be read. All processes of a run see the same directory, on a shared file system.
     """
 
     def __init__(
-        self, run_dir: Path, keep: int, on_commit: Callable[[int], None] | None = None, *, read_only: bool = False
+        self,
+        run_dir: Path,
+        keep: int,
+        on_commit: Callable[[int], None] | None = None,
+        *,
+        keep_best: str | None = None,
+        read_only: bool = False,
+        say: Callable[[str], None] = log.warning,
     ):
+        self._say = say
         self.directory = (Path(run_dir) / "checkpoints").absolute()
         self._saving: int | None = None
+        self._read_only = read_only
 
         def committed() -> None:
             if on_commit is not None and self._saving is not None:
@@ -56,14 +70,16 @@ class Checkpoints:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         with _saying(self.directory, "opened"):
             # Orbax cleans up in the background, where it was seen to remove a save that had begun meanwhile.
-            if jax.process_index() == 0 and not read_only:
+            if hosts.is_main() and not read_only:
                 for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
                     shutil.rmtree(unfinished)
+            hosts.gather(None)
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 item_handlers={"arrays": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=checkpoint_managers.LatestN(keep),
+                    best_fn=_better(keep_best) if keep_best else None,
+                    preservation_policy=_preserved(keep, keep_best),
                     read_only=read_only,
                     create=not read_only,
                     async_options=ocp.options.AsyncOptions(post_finalization_callback=committed),
@@ -74,8 +90,11 @@ class Checkpoints:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: RunState) -> None:
-        """Returns once the arrays are copied off the device, so that they may be donated; the writing goes on."""
+    def save(self, state: RunState, figures: dict[str, float] | None = None) -> None:
+        """Returns once the arrays are copied off the device, so that they may be donated; the writing goes on.
+
+        figures: what an evaluation of this state came to.
+        """
         arrays = to_dicts(state)
         with _saying(self.directory, "written"):
             self._manager.wait_until_finished()
@@ -83,6 +102,7 @@ class Checkpoints:
             self._saving = state.step
             self._manager.save(
                 state.step,
+                metrics=figures,
                 args=ocp.args.Composite(
                     arrays=ocp.args.StandardSave(arrays),
                     run=ocp.args.JsonSave({"step": state.step, "seed": state.seed, "memory": state.memory}),
@@ -90,23 +110,48 @@ class Checkpoints:
             )
 
     def restore(self, like: RunState) -> RunState | None:
-        """The newest state, or None. `like` (arrays or abstract arrays) says where each array goes; what does not fit
-        it is refused."""
-        step = self.latest()
-        if step is None:
-            return None
-        where = self.directory / str(step)
-        try:
-            return self._restore(step, where, like)
-        except UserError:
-            raise
-        except Exception as error:  # Orbax and its storage layer have many for a file that is damaged
-            older = [other for other in self._manager.all_steps() if other != step]
-            remedy = f"resume from step {max(older)}" if older else "start anew"
+        """The newest state that can be read, or None if there is none. `like` (arrays or abstract arrays) says where
+        each array goes; what does not fit it is refused. Damaged checkpoints that are newer are put aside."""
+        damaged: dict[int, str] = {}
+        steps = hosts.from_main(lambda: [int(step) for step in self._manager.all_steps()])
+        for step in sorted(steps, reverse=True):
+            state, problem = None, None
+            try:
+                state = self._restore(step, self.directory / str(step), like)
+            except UserError:
+                raise
+            except (jax.errors.JaxRuntimeError, MemoryError, PermissionError):  # not the checkpoint's fault
+                raise
+            except Exception as error:  # Orbax and its storage layer have many for a file that is damaged
+                problem = type(error).__name__
+            # A process reads its own shards only.
+            problem = next((other for other in hosts.gather(problem) if other is not None), None)
+            if problem is None:
+                self._put_aside(damaged, step)
+                return state
+            damaged[step] = problem
+        if damaged:
+            said = "; ".join(f"{self.directory / str(step)} ({problem})" for step, problem in damaged.items())
             raise UserError(
-                f"run.dir: {where} cannot be read ({type(error).__name__}); remove that directory and run the same "
-                f"command again to {remedy}"
-            ) from error
+                f"run.dir: no checkpoint can be read: {said}. Move them away and run the same command again to start "
+                "anew, or bring back one that is whole"
+            )
+        return None
+
+    def _put_aside(self, damaged: dict[int, str], used: int) -> None:
+        """Renames checkpoints that could not be read, so that their steps can be saved again; nothing is deleted."""
+        for step, problem in damaged.items():
+            where = self.directory / str(step)
+            names = (f"damaged-{step}" + (f"-{n}" if n else "") for n in itertools.count())
+            aside = next(path for name in names if not (path := where.with_name(name)).exists())
+            moved = "" if self._read_only else f" and is now {aside}"
+            if hosts.is_main():
+                self._say(f"warning: {where} cannot be read ({problem}){moved}; going on from step {used} instead")
+                if not self._read_only:
+                    where.rename(aside)
+        if damaged and not self._read_only:
+            hosts.gather(None)
+            self._manager.reload()
 
     def _restore(self, step: int, where: Path, like: RunState) -> RunState:
         run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
@@ -142,6 +187,19 @@ class Checkpoints:
                     f"{expected.get(name, 'missing')} here. The student, recipe.target or the optimiser were changed; "
                     f"undo that to resume, or choose another run.dir"
                 )
+
+
+def _better(figure: str) -> Callable[[dict[str, float]], float]:
+    """The higher, the better; of tokens the fewest are best."""
+    return lambda figures: -figures[figure] if figure == "mean_tokens" else figures[figure]
+
+
+def _preserved(keep: int, keep_best: str | None) -> Any:
+    last = checkpoint_managers.LatestN(keep)
+    if keep_best is None:
+        return last
+    best = checkpoint_managers.BestN(get_metric_fn=_better(keep_best), n=1, keep_checkpoints_without_metrics=False)
+    return checkpoint_managers.AnyPreservationPolicy([last, best])
 
 
 def _require_room(directory: Path, arrays: PyTree) -> None:

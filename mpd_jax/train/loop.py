@@ -13,9 +13,11 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from mpd_jax import hosts
+from mpd_jax.files import write_atomically
 from mpd_jax.train.checkpoint import Checkpoints
 from mpd_jax.train.metrics import Clock, Metrics, Row, summarise
-from mpd_jax.train.records import Records, write_atomically
+from mpd_jax.train.records import Records
 from mpd_jax.train.state import PyTree, RunState, Trained
 from mpd_jax.train.step import Out
 from mpd_jax.types import Batch, Problem, Trajectory, UserError
@@ -38,8 +40,8 @@ class Parts:
     load_student:   hands weights and their version (updates done) to the student's sampler.
     teacher_weights: what the target is read with, unless the state holds a self copy.
     refresh:        (self copy, student weights, updates done) -> self copy.
-    evaluate:       (state) after every `eval_every` updates (0: never) but the last, which the caller measures; the
-                    student's sampler has been loaded.
+    evaluate:       (state) -> its figures by name, after every `eval_every` updates (0: never) but the last, which the
+                    caller measures; the student's sampler has been loaded.
     profile_steps:  first and last step of the trace under run_dir/profile.
     grade:          share of the written trajectories that are right, if that can be told cheaply.
     """
@@ -60,16 +62,21 @@ class Parts:
     clock: Clock
     teacher_weights: PyTree | None = None
     refresh: Callable[[PyTree, PyTree, int], PyTree] | None = None
-    evaluate: Callable[[RunState], None] | None = None
+    evaluate: Callable[[RunState], dict[str, float] | None] | None = None
     grade: Callable[[Sequence[Problem], Sequence[Trajectory]], float | None] | None = None
     profile_steps: tuple[int, int] | None = None
 
 
 def train(parts: Parts, state: RunState) -> RunState:
-    """Runs the steps that are left. `state` is used up: its buffers are donated to the first update."""
-    run = _Run(parts)
+    """Runs the steps that are left. `state` is used up: its buffers are donated to the first update.
+
+    Stopped, at the top of a step or by a callback, it saves first: trajectories are on disk already, and a step's
+    sampling that is cut short is done again.
+    """
+    run = _Run(parts, state.step)
     try:
         for step in range(state.step, parts.steps):
+            hosts.check()
             run.profile(step)
             problems = parts.problems.at(step)
             trajectories = run.trajectories(state, problems)
@@ -82,6 +89,9 @@ def train(parts: Parts, state: RunState) -> RunState:
             if state.step % parts.save_every == 0 or state.step == parts.steps:
                 run.save(state)
         run.settle(behind=0)
+    except hosts.Stopped:
+        run.save(state)
+        raise
     finally:
         run.profile(None)
         parts.checkpoints.wait()
@@ -92,9 +102,11 @@ def train(parts: Parts, state: RunState) -> RunState:
 class _Run:
     """What the loop remembers from one step to the next, and nothing that a checkpoint would have to hold."""
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: Parts, start: int):
         self.parts = parts
+        self.saved = start  # the step that a start would begin with now
         self.loaded: int | None = None
+        self.figures: tuple[int, dict[str, float] | None] = (start, None)  # of the evaluation after that step
         self.held: dict[int, tuple[Sequence[Problem], Batch]] = {}
         self.profiling = False
 
@@ -195,14 +207,18 @@ class _Run:
         self.settle(behind=0)
         self.parts.clock.begin(state.step - 1, "evaluate")
         self.load(state)
-        self.parts.evaluate(state)
+        self.figures = (state.step, self.parts.evaluate(state))
         self.parts.clock.take()()
 
     def save(self, state: RunState) -> None:
         """Only after the flags of all steps so far were read."""
         self.settle(behind=0)
+        if state.step == self.saved:
+            return
         self.parts.clock.begin(state.step - 1, "save")
-        self.parts.checkpoints.save(state)
+        measured, figures = self.figures
+        self.parts.checkpoints.save(state, figures if measured == state.step else None)
+        self.saved = state.step
         self.parts.clock.take()()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mpd_jax.train.records import write_atomically, writing
+from mpd_jax import files, hosts
 from mpd_jax.train.step import POSITION_EDGES, Out
 from mpd_jax.types import Trajectory, UserError
 
@@ -29,17 +29,14 @@ class PhaseLog:
 
     def __init__(self, path: Path):
         self._lock = Lock()
-        self._path = path
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
+        self._lines = files.Lines(path)
 
     def __call__(self, step: int, phase: str) -> None:
-        with self._lock, writing(self._path):
-            self._file.write(f"{step} {phase} {time.time():.6f}\n".encode())
+        with self._lock:
+            self._lines.add(f"{step} {phase} {time.time():.6f}")
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 class Clock:
@@ -151,9 +148,8 @@ class Metrics:
         self.path = Path(run_dir) / "metrics.jsonl"
         self._live = live
         self._pending: list[tuple[Row, Out | None, Callable[[], dict[str, float]]]] = []
-        self._truncate(start_step)
-        with writing(self.path):
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        hosts.from_main(lambda: self._truncate(start_step))
+        self._lines = files.Lines(self.path)
 
     def add(self, step: int, out: Out | None, host: Row, seconds: Callable[[], dict[str, float]]) -> None:
         """`out` None is a step without an update (nothing to learn from was left)."""
@@ -170,22 +166,19 @@ class Metrics:
             total = sum(by_phase.values())
             row |= {f"{name}_seconds": round(value, 6) for name, value in by_phase.items()}
             row |= {f"{name}_share": round(value / total, 6) if total else 0.0 for name, value in by_phase.items()}
-            with writing(self.path):
-                self._file.write(json.dumps(row) + "\n")
-                self._file.flush()
+            self._lines.add(json.dumps(row))
             if self._live is not None:
                 self._live(row)
             done.append(row)
         return done
 
     def close(self) -> None:
-        with writing(self.path):
-            self._file.close()
+        self._lines.close()
 
     def _truncate(self, start_step: int) -> None:
         rows = read_rows(self.path)
         kept = [row for row in rows if row["step"] < start_step]
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        files.write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def read_rows(path: Path) -> list[Row]:

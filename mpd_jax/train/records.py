@@ -5,42 +5,12 @@ integers and Python writes floats so that they read back as the same bits. Files
 """
 
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mpd_jax import files, hosts
 from mpd_jax.types import Problem, Trajectory, UserError
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """An operating-system error while writing under `run.dir` as one clear message."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"run.dir: {path} could not be written: {error.strerror or error}. What was already saved is intact: free "
-            f"space or mend permissions there and run the same command again to resume (or choose another run.dir)"
-        ) from error
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """The file holds the old content or the new, whenever the process is killed or the disk is full."""
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def to_json(trajectory: Trajectory) -> str:
@@ -80,18 +50,25 @@ class Records:
     def save(self, step: int, trajectories: Sequence[Trajectory], stage: str = "final") -> None:
         made = {"step": step, "stage": stage, "seed": self._seed, "settings": self._settings}
         head = json.dumps({**made, "count": len(trajectories)})
-        write_atomically(self.path(step, stage), "\n".join([head, *map(to_json, trajectories)]) + "\n")
+        files.write_atomically(self.path(step, stage), "\n".join([head, *map(to_json, trajectories)]) + "\n")
         if stage == "final":
-            self.path(step, "written").unlink(missing_ok=True)
+            files.remove(self.path(step, "written"))
 
     def forget_after(self, step: int) -> None:
         """Removes the trajectories of later steps: they were sampled from weights that the run will not have."""
-        for path in self.directory.glob("step_*.jsonl"):
+        for path in list(self.directory.glob("step_*.jsonl")) if hosts.is_main() else ():
             if int(path.name[len("step_") :].split(".")[0]) > step:
-                path.unlink()
+                files.remove(path)
 
     def load(self, step: int, problems: Sequence[Problem], stage: str = "final") -> list[Trajectory] | None:
-        """The trajectories of a step, or None when it has none on disk. Those of another run are refused."""
+        """The trajectories of a step, or None when it has none on disk. Those of another run are refused.
+
+        Process 0 reads them, and tells the others.
+        """
+        lines = hosts.from_main(lambda: self._lines(step, problems, stage))
+        return None if lines is None else [from_json(line) for line in lines]
+
+    def _lines(self, step: int, problems: Sequence[Problem], stage: str) -> list[str] | None:
         path = self.path(step, stage)
         if not path.exists():
             return None
@@ -110,4 +87,4 @@ class Records:
                 f"run.dir: {path} was written by another run ({found} is not of this one, run.seed = "
                 f"{self._seed}); choose another run.dir, or restore the run's own run.seed and problems"
             )
-        return trajectories
+        return lines

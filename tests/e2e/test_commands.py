@@ -165,6 +165,7 @@ def test_training_brings_the_student_nearer_to_its_target(tmp_path):
         (["train", QUICKSTART, "mesh.tensor=3"], "mesh"),
         (["train", QUICKSTART, "mesh.fsdp=8", "mesh.tensor=1", "train.batch_size=3"], "train.batch_size"),
         (["train", QUICKSTART, "sampling.writer.max_tokens=5000"], "window"),
+        (["train", QUICKSTART, "--processes", "2"], "--coordinator and --process-id: missing"),
         (["eval", "tiny:giant"], "tiny:student"),
         (["eval", "tiny:student", "--out", "/proc/nowhere/out"], "--out: /proc/nowhere/out"),
         (["sample", "tiny:student", "--json"], "--json"),

@@ -1,0 +1,325 @@
+"""The processes of a run: how they join, what process 0 tells the others, how they are stopped and how they end.
+
+Host code is replicated: every process makes the same calls in the same order, and only arrays are sharded. Process 0
+alone reads and writes the run directory, except for checkpoints, which all of them read and write. One process alone
+needs none of this, and every function here does the obvious then.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax._src import distributed  # the coordination service's key-value store has no public name
+
+from mpd_jax.types import UserError
+
+STOPPED = 75  # exit code: asked to stop by a signal, saved, can go on (EX_TEMPFAIL)
+LEFT_ALONE = 69  # exit code: another process of the run has died (EX_UNAVAILABLE)
+DEAD_AFTER_S = 60.0  # without a sign of life from a process the others end
+GRACE_S = 5.0  # for the others to hear why a process ends, or to come to the same end by themselves
+CHECKS_KEPT = 1000  # answers that stay in the store; no process is that far behind another
+FOREVER_MS = 7 * 24 * 3600 * 1000
+PIECE = 1 << 20  # bytes of one value in the store
+
+Say = Callable[[str], None]
+
+
+class Stopped(BaseException):
+    """The run was asked to stop. Nothing but the command catches it; what is saved is the loop's business."""
+
+
+class _Shared:
+    """The coordination service's store, and what this process has done with it."""
+
+    def __init__(self) -> None:
+        self.messages = 0
+        self.checks = 0
+        self.asked = False
+        self.watcher: _Watcher | None = None
+
+    @property
+    def client(self) -> Any:
+        return distributed.global_state.client
+
+
+_shared = _Shared()
+
+
+def join(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    dead_after_s: float = DEAD_AFTER_S,
+) -> None:
+    """Makes this process one of a run's. Without arguments JAX finds the others (TPU VM, SLURM, Kubernetes).
+
+    Comes before anything else that touches a device.
+    """
+    # It would take SIGTERM, and Orbax asks it with step numbers of its own; `check` agrees on a stop instead.
+    jax.config.update("jax_enable_preemption_service", False)
+    # Of CPU devices alone: two programs at once would meet the other processes in two orders, and wait for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (ValueError, RuntimeError) as error:
+        where = coordinator or "the cluster this process was started in"
+        raise UserError(
+            f"--coordinator: the processes of the run did not find each other through {where} "
+            f"({str(error).splitlines()[0]}); give every process the same --coordinator HOST:PORT (an open port of "
+            "process 0's host) and --processes, and its own --process-id"
+        ) from error
+    if distributed.global_state.num_processes > 1:
+        _shared.watcher = _Watcher(dead_after_s)
+
+
+def alone() -> bool:
+    return distributed.global_state.client is None or distributed.global_state.num_processes == 1
+
+
+def is_main() -> bool:
+    """Whether this is process 0, which reads and writes the run directory and is the one to be heard."""
+    return distributed.global_state.process_id == 0
+
+
+def from_main(call: Callable[[], Any]) -> Any:
+    """What `call` returns on process 0 (JSON), on every process; a mistake that it finds there is raised everywhere."""
+    if alone():
+        return call()
+    reply: dict[str, Any] = {}
+    if is_main():
+        try:
+            reply = {"value": call()}
+        except UserError as error:
+            reply = {"refused": str(error)}
+    reply = json.loads(_broadcast(json.dumps(reply).encode()))
+    if "refused" in reply:
+        raise UserError(reply["refused"])
+    return reply["value"]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's JSON value, in the order of the processes, on every process."""
+    if alone():
+        return [value]
+    client, state = _shared.client, distributed.global_state
+    name = f"mpd/message/{_shared.messages}"
+    _shared.messages += 1
+    client.key_value_set(f"{name}/{state.process_id}", json.dumps(value))
+    client.wait_at_barrier(f"{name}/written", FOREVER_MS)
+    values = [json.loads(client.blocking_key_value_get(f"{name}/{i}", FOREVER_MS)) for i in range(state.num_processes)]
+    client.wait_at_barrier(f"{name}/read", FOREVER_MS)
+    if is_main():
+        client.key_value_delete(name)
+    return values
+
+
+def require_same(what: str, value: str) -> None:
+    """UserError unless every process has the same value: host code is replicated, and so must be what it reads."""
+    values = gather(value)
+    others = [str(process) for process, other in enumerate(values) if other != values[0]]
+    if others:
+        raise UserError(
+            f"{what}: process {', '.join(others)} of {len(values)} has read something else than process 0; give every "
+            "host the same config, files and version"
+        )
+
+
+def _broadcast(data: bytes) -> bytes:
+    """Process 0's bytes, on every process, through the store: nothing is compiled, and no device is waited for."""
+    client, number = _shared.client, _shared.messages
+    _shared.messages += 1
+    name = f"mpd/message/{number}"
+    if is_main():
+        cuts = range(0, len(data), PIECE)
+        for piece, start in enumerate(cuts):
+            client.key_value_set_bytes(f"{name}/{piece}", data[start : start + PIECE])
+        client.key_value_set(f"{name}/pieces", str(len(cuts)))
+    else:
+        pieces = int(client.blocking_key_value_get(f"{name}/pieces", FOREVER_MS))
+        data = b"".join(client.blocking_key_value_get_bytes(f"{name}/{piece}", FOREVER_MS) for piece in range(pieces))
+    client.wait_at_barrier(f"{name}/read", FOREVER_MS)
+    if is_main():
+        client.key_value_delete(name)
+    return data
+
+
+# Stopping
+
+
+@contextmanager
+def stoppable(say: Say) -> Iterator[None]:
+    """While it lasts SIGTERM, or Ctrl-C once, makes `check` raise; a second Ctrl-C interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _shared.asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        _shared.asked = True
+
+    def interrupt(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        say("stopping once the state is saved; Ctrl-C again stops at once")
+        _shared.asked = True
+
+    before = {
+        number: signal.signal(number, call) for number, call in ((signal.SIGTERM, ask), (signal.SIGINT, interrupt))
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check() -> None:
+    """Raises Stopped if the run was asked to stop, on every process in the same call: process 0 decides.
+
+    Every process calls it equally often. It costs a message between hosts.
+    """
+    stop = _shared.asked
+    if not alone():
+        client, number = _shared.client, _shared.checks
+        _shared.checks += 1
+        if is_main():
+            stop = stop or bool(client.key_value_dir_get("mpd/asked/"))
+            client.key_value_set(f"mpd/check/{number}", str(int(stop)))
+            if number >= CHECKS_KEPT:
+                client.key_value_delete(f"mpd/check/{number - CHECKS_KEPT}")
+        else:
+            if stop:
+                client.key_value_set(f"mpd/asked/{distributed.global_state.process_id}", "1", allow_overwrite=True)
+            stop = client.blocking_key_value_get(f"mpd/check/{number}", FOREVER_MS) == "1"
+    if stop:
+        raise Stopped
+
+
+# Ending
+
+
+def leave(code: int, error: BaseException | None = None) -> None:
+    """The end of this process's part. After an error the others hear of it, and this does not return: if another
+    process died first, that is the message, and LEFT_ALONE the exit code."""
+    watcher, _shared.watcher = _shared.watcher, None
+    if watcher is not None and error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            watcher.wait_for_the_dead()  # a process that dies breaks the collectives of the others
+        watcher.tell(_reason(error))
+        sys.stderr.flush()
+        os._exit(code)
+    if watcher is not None:
+        _shared.client.wait_at_barrier("mpd/left", FOREVER_MS)
+        watcher.stop()
+    if _shared.client is not None:
+        jax.distributed.shutdown()
+
+
+def _reason(error: BaseException) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
+
+
+class _Watcher(threading.Thread):
+    """Tells the store that this process is alive, and ends it with a plain message when another one is not."""
+
+    def __init__(self, dead_after_s: float):
+        super().__init__(name="hosts", daemon=True)
+        self._client = _shared.client
+        self._me, self._count = distributed.global_state.process_id, distributed.global_state.num_processes
+        self._dead_after, self._every = dead_after_s, min(2.0, dead_after_s / 6)
+        self._seen: dict[str, tuple[str, float]] = {}
+        self._ending = threading.Event()
+        self._names: dict[str, str] = {}
+        self._client.key_value_set(f"mpd/name/{self._me}", socket.gethostname())
+        self._client.wait_at_barrier("mpd/names", FOREVER_MS)
+        self._names = self._all("name")
+        if self._me != 0:
+            self._explain_aborts()
+        self.start()
+
+    def _explain_aborts(self) -> None:
+        """JAX aborts a process, with a stack trace, in the moment in which process 0 is gone. This has the last word:
+        a handler in C, for Python's own would run too late."""
+
+        def aborting(number: int) -> None:
+            host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+            except OSError:
+                self._give_up("0", "cannot be reached any more")
+
+        self._aborting = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborting)  # kept: the handler lives as long as this
+        ctypes.CDLL(None).signal(signal.SIGABRT, self._aborting)
+
+    def _all(self, kind: str) -> dict[str, str]:
+        found = self._client.key_value_dir_get(f"mpd/{kind}/")
+        return {key.rpartition("/")[2]: value for key, value in found}
+
+    def run(self) -> None:
+        beat = 0
+        while not self._ending.wait(self._every):
+            beat += 1
+            try:
+                self._client.key_value_set(f"mpd/alive/{self._me}", str(beat), allow_overwrite=True)
+                alive, ended = self._all("alive"), self._all("end")
+            except jax.errors.JaxRuntimeError:
+                if not self._ending.is_set():
+                    self._give_up("0", "cannot be reached any more")
+                return
+            self._look(alive, ended)
+
+    def _look(self, alive: dict[str, str], ended: dict[str, str]) -> None:
+        now = time.monotonic()
+        for other in map(str, range(self._count)):
+            if other == str(self._me):
+                continue
+            if ended.get(other):
+                if not self._ending.wait(GRACE_S):  # else this process has come to the same end
+                    self._give_up(other, ended[other])
+                return
+            last, since = self._seen.get(other, (None, now))
+            if alive.get(other, "0") != last:
+                self._seen[other] = (alive.get(other, "0"), now)
+            elif now - since > self._dead_after:
+                self._give_up(other, f"has given no sign of life for {self._dead_after:g} s")
+
+    def _give_up(self, other: str, why: str) -> None:
+        """Ends this process, but not before the store has told the others, if it lives in this one."""
+        if self._me == 0:
+            self._client.key_value_set(f"mpd/end/{other}", why, allow_overwrite=True)
+            time.sleep(2 * self._every + 1)
+        name = self._names.get(other, "?")
+        print(
+            f"error: process {other} of {self._count} ({name}) {why}; this one ends too. The same command on "
+            "all hosts goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(LEFT_ALONE)
+
+    def wait_for_the_dead(self) -> None:
+        """Until another process would be known to be dead; if one is, this does not return."""
+        time.sleep(self._dead_after + 3 * self._every)
+
+    def stop(self) -> None:
+        self._ending.set()
+
+    def tell(self, reason: str) -> None:
+        """Lets the others know why this process ends; process 0, whose end is the store's, waits until they do."""
+        self._ending.set()
+        try:
+            self._client.key_value_set(f"mpd/end/{self._me}", f"ended: {reason}", allow_overwrite=True)
+            deadline = time.monotonic() + 2 * GRACE_S if self._me == 0 else 0.0
+            while time.monotonic() < deadline and len(self._all("end")) < self._count:
+                time.sleep(0.1)
+        except jax.errors.JaxRuntimeError:
+            pass  # process 0 is gone already

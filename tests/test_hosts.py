@@ -1,0 +1,162 @@
+"""What the processes of a run tell each other: two small ones, without a device, say what they saw."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mpd_jax import cli, hosts
+from mpd_jax.types import UserError
+
+ROOT = __file__.rsplit("/tests/", 1)[0]
+PROGRAM = """
+import os, sys, time
+from mpd_jax import hosts
+from mpd_jax.types import UserError
+me = int(sys.argv[2])
+hosts.join(sys.argv[1], 2, me, dead_after_s=3.0)
+
+def say(*words):
+    print(*words, flush=True)
+
+def refuse():
+    raise UserError("no such thing")
+
+try:
+{body}
+except hosts.Stopped:
+    say("stopped")
+    hosts.leave(hosts.STOPPED)
+    sys.exit(hosts.STOPPED)
+except UserError as error:
+    say("refused", error)
+    hosts.leave(2, error)
+hosts.leave(0)
+"""
+
+
+def start(body: str) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    indented = "\n".join(f"    {line}" for line in body.strip().splitlines())
+    words = [sys.executable, "-c", PROGRAM.replace("{body}", indented), address]
+    env = {**os.environ, "PYTHONPATH": ROOT}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    return [subprocess.Popen([*words, str(number)], **pipes) for number in range(2)]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """(exit code, what it said, what stood on standard error) of each."""
+    try:
+        outputs = [process.communicate(timeout=60) for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.kill()
+            process.communicate()
+        raise
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def test_process_0_tells_the_others_and_all_hear_all():
+    body = """
+say(hosts.from_main(lambda: {"long": "x" * 3_000_000, "who": me})["who"], len(hosts.from_main(lambda: "y" * 2**21)))
+say(hosts.gather([me, "a"]), hosts.is_main(), hosts.alone())
+hosts.require_same("this", "same")
+hosts.from_main(refuse)
+"""
+    for number, (code, said, _) in enumerate(finish(start(body))):
+        assert (code, said) == (2, f"0 {2**21}\n[[0, 'a'], [1, 'a']] {number == 0} False\nrefused no such thing\n")
+
+
+def test_what_one_process_has_read_differently_is_refused_on_all():
+    for code, said, _ in finish(start('hosts.require_same("the config", str(me))')):
+        assert code == 2 and "the config: process 1 of 2 has read something else than process 0" in said
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_call():
+    body = """
+import signal
+with hosts.stoppable(say):
+    for number in range(1000):
+        time.sleep(0.01 + 0.01 * me)
+        if me == 1 and number == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        print(number, end=" ")
+        hosts.check()
+"""
+    (code, said, _), other = finish(start(body))
+    assert code == 75 and "stopped" in said and other[:2] == (code, said)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_other_with_a_message_that_names_it(victim):
+    processes = start('say("here"); hosts.from_main(lambda: time.sleep(60)) if me == 0 else time.sleep(60)')
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "here\n"
+    processes[victim].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    code, _, error = finish(processes)[1 - victim]
+    assert time.monotonic() - began < 15
+    assert code == hosts.LEFT_ALONE, error
+    why = r"has given no sign of life for 3 s" if victim else "cannot be reached any more"
+    assert f"process {victim} of 2 ({socket.gethostname()}) {why}" in error.splitlines()[-1], error
+
+
+def test_a_process_that_fails_alone_is_named_with_its_reason():
+    (code, _, error), other = finish(start("refuse() if me == 1 else time.sleep(60)"))
+    assert other[0] == 2 and code == hosts.LEFT_ALONE
+    assert f"process 1 of 2 ({socket.gethostname()}) ended: no such thing" in error
+
+
+def test_one_process_needs_nobody():
+    assert hosts.alone() and hosts.is_main()
+    assert hosts.from_main(lambda: (1, 2)) == (1, 2) and hosts.gather("a") == ["a"]
+    hosts.require_same("this", "same")
+    with pytest.raises(UserError):
+        hosts.from_main(lambda: (_ for _ in ()).throw(UserError("no")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_and_obeyed_at_the_next_look(number):
+    said = []
+    before = signal.getsignal(number)
+    with hosts.stoppable(said.append):
+        hosts.check()
+        os.kill(os.getpid(), number)
+        with pytest.raises(hosts.Stopped):
+            hosts.check()
+        if number == signal.SIGINT:
+            assert "Ctrl-C again" in said[0]
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+                time.sleep(1)
+    assert signal.getsignal(number) is before
+    with hosts.stoppable(said.append):
+        hosts.check()
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}, False),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "node[1-2]"}, True),
+        ({"SLURM_NTASKS": "8"}, False),  # a batch script's own shell, before srun
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "worker-0,worker-1"}, True),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "slice-0"}, True),
+    ],
+)
+def test_launchers_are_known_by_their_environment(monkeypatch, environment, several):
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli._launched() == several
