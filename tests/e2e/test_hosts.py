@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from mpd_jax.train.metrics import read_rows
 from mpd_jax.train.records import from_json
