@@ -136,6 +136,36 @@ def test_other_recipes_are_overrides(name, overrides, tmp_path):
     assert all(row["finite"] and row["grad_norm"] > 0 for row in trained)
 
 
+def test_the_papers_config_shrunk_by_overrides_alone_runs_on_eight_devices(tmp_path):
+    """configs/mpd.yaml: adapter, bfloat16, clipping, fsdp over all devices; its models and sizes made smaller."""
+    from mpd_jax import config, run
+
+    contexts = config.read_yaml(QUICKSTART)["recipe"]["contexts"]  # the wordings that the shipped models know
+    smaller = [
+        f"recipe.contexts={json.dumps(contexts)}",
+        "student.path=tiny:student",
+        "student.revision=null",
+        "teacher.path=tiny:teacher",
+        "teacher.revision=null",
+        "problems={train: tiny, heldout: tiny}",
+        "sampling.writer.max_tokens=192",
+        "sampling.rewriter.max_tokens=64",
+        "sampling.prompt_tokens=160",
+        "sampling.prefill_chunk=32",
+        "train.steps=2",
+        "train.save_every=1",
+        "train.max_length=320",
+        "eval.problems=4",
+        "eval.attempts=1",
+        "eval.max_tokens=32",
+    ]
+    run.train(config.load(ROOT / "configs" / "mpd.yaml", [*smaller, f"run.dir={tmp_path}/mpd"]))
+    rows = [json.loads(line) for line in (tmp_path / "mpd" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(row["finite"] and row["grad_norm"] > 0 and row["trained"] >= 4 for row in rows)
+    summary = json.loads((tmp_path / "mpd" / "summary.json").read_text())
+    assert summary["versions"]["device"] == "8 x cpu" and summary["after"]["n"] == 4
+
+
 def test_training_brings_the_student_nearer_to_its_target(tmp_path):
     """The same eight problems and texts at every step, so that nothing but the weights changes."""
     from mpd_jax import config, run
