@@ -28,7 +28,7 @@ from mpd_jax.recipe import rewrite, target, write
 from mpd_jax.recipe.recipe import Recipe
 from mpd_jax.roles import ModelFiles, Roles, make_sampler, open_model, open_roles
 from mpd_jax.sampling.jax_sampler import JaxSampler
-from mpd_jax.sharding import MeshConfig, make_mesh
+from mpd_jax.sharding import MeshConfig, make_mesh, tree_shardings
 from mpd_jax.train.checkpoint import Checkpoints
 from mpd_jax.train.loop import Parts
 from mpd_jax.train.metrics import Clock, Metrics, PhaseLog, Row
@@ -42,7 +42,7 @@ from mpd_jax.train.state import (
     optimiser,
     trained_shardings,
 )
-from mpd_jax.train.step import Out, make_update
+from mpd_jax.train.step import Out, Update, make_update
 from mpd_jax.types import Batch, Problem, Trajectory, UserError
 
 TINY_TRAINING, TINY_HELDOUT = 20_000, 2_000
@@ -153,7 +153,8 @@ def build(
         stack.callback(metrics.close)
         stack.callback(clock.close)
         teacher_weights = roles.teacher.weights(mesh) if roles.teacher else None
-        samplers = _samplers(config, roles, mesh, teacher_weights, whole)
+        samplers = make_samplers(config, roles, mesh, whole)
+        _load_frozen(samplers, roles, mesh, teacher_weights)
         graders = stack.enter_context(GraderPool(config.recipe.rewrite.grader, workers=1))
         recipe = _recipe(config, roles, samplers, graders, state.memory, progress)
         target_files = roles.target(config.recipe)
@@ -166,7 +167,7 @@ def build(
             write=recipe.write,
             rewrite=recipe.rewrite,
             to_batch=partial(_to_batch, config, mesh, student, target_files),
-            update=_update(config, student, target_files, mesh, base, whole),
+            update=_update(config, roles, mesh, base, whole),
             load_student=samplers.load_student if samplers.follows else lambda weights, version: None,
             checkpoints=checkpoints,
             records=Records(run_dir, config.run.seed, _fingerprint(config)),
@@ -179,6 +180,20 @@ def build(
         )
         close = stack.pop_all().close
     return Run(config, mesh, student, heldout, samplers.student, samplers.load_student, parts, close), state
+
+
+def update_of(config: RunConfig, roles: Roles, mesh: Mesh) -> Update:
+    """The update of the run, jitted; it compiles for weights and batches that are only shapes, too."""
+    target_files = roles.target(config.recipe)
+    return make_update(
+        roles.student.trains,
+        target_files.model if target_files else None,
+        config.recipe.loss,
+        optimiser(config.train),
+        mesh,
+        vocab_size=roles.student.chat.vocab_size,
+        micro_batches=config.train.micro_batches,
+    )
 
 
 def _start(
@@ -202,23 +217,10 @@ def _keeps_copy(config: RunConfig, student: ModelFiles) -> bool:
 
 
 def _update(
-    config: RunConfig,
-    student: ModelFiles,
-    target_files: ModelFiles | None,
-    mesh: Mesh,
-    base: Any,
-    whole: Callable[[Any], Any],
+    config: RunConfig, roles: Roles, mesh: Mesh, base: Any, whole: Callable[[Any], Any]
 ) -> Callable[[Trained, Any, Batch], tuple[Trained, Out]]:
     """The jitted update, given what no step changes. A self target without a copy is the student's base."""
-    update = make_update(
-        student.trains,
-        target_files.model if target_files else None,
-        config.recipe.loss,
-        optimiser(config.train),
-        mesh,
-        vocab_size=student.chat.vocab_size,
-        micro_batches=config.train.micro_batches,
-    )
+    update = update_of(config, roles, mesh)
 
     def step(trained: Trained, target_weights: Any, batch: Batch) -> tuple[Trained, Out]:
         return update(trained, whole(target_weights) if config.recipe.target.is_self else target_weights, batch, base)
@@ -249,6 +251,15 @@ def _fingerprint(config: RunConfig) -> str:
     )
     text = json.dumps({k: v for k, v in flat(dataclasses.asdict(config)).items() if not under(k, free)}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def abstract_weights(files: ModelFiles, mesh: Mesh) -> Any:
+    """Shapes, dtypes and places of a frozen model's weights, as `ModelFiles.weights` loads them."""
+    shapes = files.model.abstract()
+    places = tree_shardings(mesh, files.model.logical_axes(), shapes, "train")
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, files.param_dtype, sharding=place), shapes, places
+    )
 
 
 def abstract_state(config: RunConfig, student: ModelFiles, mesh: Mesh) -> RunState:
@@ -313,10 +324,8 @@ class Samplers:
     follows: bool
 
 
-def _samplers(
-    config: RunConfig, roles: Roles, mesh: Mesh, teacher_weights: Any, whole: Callable[[Any], Any]
-) -> Samplers:
-    """Step 6. Weights that never change are loaded here, once. `whole` makes the student's weights of what trains."""
+def make_samplers(config: RunConfig, roles: Roles, mesh: Mesh, whole: Callable[[Any], Any]) -> Samplers:
+    """Step 6. They hold no weights yet. `whole` makes the student's weights of what trains."""
     sampling, recipe = config.sampling, config.recipe
     prompt, written = sampling.prompt_tokens, sampling.writer.max_tokens
     student = make_sampler(roles.student, config, mesh, prompt, max(written, config.eval.max_tokens))
@@ -326,15 +335,10 @@ def _samplers(
     elif recipe.write.by == "teacher":
         assert roles.teacher is not None
         writer = make_sampler(roles.teacher, config, mesh, prompt, written)
-        writer.load(teacher_weights, 0)
     if roles.rewriter is not None:
         # The rewriting prompt holds the problem, the whole draft and the instruction.
         room = prompt + written + prompt
         rewriter = make_sampler(roles.rewriter, config, mesh, room, sampling.rewriter.max_tokens)
-        if writer is not None and writer is not student and roles.rewriter is roles.teacher:
-            rewriter.share(writer)
-        elif roles.rewriter is not roles.student:
-            rewriter.load(teacher_weights if roles.rewriter is roles.teacher else roles.rewriter.weights(mesh), 0)
     rewrites = rewriter is not None and roles.rewriter is roles.student
 
     def load_student(trained: Any, version: int) -> None:
@@ -343,6 +347,21 @@ def _samplers(
             rewriter.share(student)
 
     return Samplers(student, writer, rewriter, load_student, writer is student or rewrites)
+
+
+def _load_frozen(samplers: Samplers, roles: Roles, mesh: Mesh, teacher_weights: Any) -> None:
+    """Weights that never change are loaded once."""
+    writer, rewriter = samplers.writer, samplers.rewriter
+    if writer is samplers.student:
+        writer = None
+    if writer is not None:
+        writer.load(teacher_weights, 0)
+    if rewriter is None or roles.rewriter is None or roles.rewriter is roles.student:
+        return
+    if writer is not None and roles.rewriter is roles.teacher:
+        rewriter.share(writer)
+    else:
+        rewriter.load(teacher_weights if roles.rewriter is roles.teacher else roles.rewriter.weights(mesh), 0)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Not here: weights that train (train/state.py), and what a recipe makes of the ro
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 
 from mpd_jax.config import RunConfig
 from mpd_jax.data.chat import Chat, Contexts, require_same_prompts, require_same_vocabulary
-from mpd_jax.models.config import ModelSpec
+from mpd_jax.models.config import ModelConfig, ModelSpec
 from mpd_jax.models.decoder import Model
 from mpd_jax.models.hf_weights import eos_ids, load_config, load_weights
 from mpd_jax.models.locate import locate
@@ -80,7 +81,7 @@ def open_model(key: str, spec: ModelSpec, contexts: Contexts) -> ModelFiles:
     try:
         directory = TINY / name if kind == "tiny" else locate(spec.path, spec.revision)
         stops = eos_ids(directory)
-        model = Model(load_config(directory), spec.dtype, spec.remat, spec.attention)
+        model = described(load_config(directory), spec)
         chat = Chat(directory, stops, spec.thinking, contexts)
     except UserError as error:
         raise UserError(f"{key}.path: {error}") from None
@@ -93,6 +94,11 @@ def open_model(key: str, spec: ModelSpec, contexts: Contexts) -> ModelFiles:
         return ModelFiles(key, directory, model, chat, stops, spec.param_dtype)
     adapter = Path(spec.adapter) if spec.adapter else None
     return ModelFiles(key, directory, model, chat, stops, spec.param_dtype, Adapted(model, spec.lora), adapter)
+
+
+def described(config: ModelConfig, spec: ModelSpec) -> Model:
+    """The model of this shape as a config section asks for it."""
+    return Model(config, spec.dtype, spec.remat, spec.attention)
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,8 @@ class Roles:
         return self.teacher if recipe.target.weights == "teacher" else self.student
 
 
-def open_roles(config: RunConfig) -> Roles:
-    """Step 2: the files of every role that the recipe needs, refused unless they fit together."""
+def assign_roles(config: RunConfig, open_model: Callable[[str, ModelSpec, Contexts], ModelFiles]) -> Roles:
+    """Which models the recipe needs and what each of them does, opened by `open_model`."""
     recipe = config.recipe
     contexts = recipe.contexts
     student = open_model("student", config.student, contexts)
@@ -123,6 +129,13 @@ def open_roles(config: RunConfig) -> Roles:
     if compress:
         named = open_model("rewriter", config.rewriter, contexts) if config.rewriter else teacher
         rewriter = student if recipe.rewrite.by == "student" else named
+    return Roles(student, teacher, rewriter)
+
+
+def open_roles(config: RunConfig) -> Roles:
+    """Step 2: the files of every role that the recipe needs, refused unless they fit together."""
+    recipe, roles = config.recipe, assign_roles(config, open_model)
+    student, teacher, rewriter = roles.student, roles.teacher, roles.rewriter
     if recipe.rewrite.how == "truncate" and not student.chat.thinks:
         raise UserError(
             "recipe.rewrite.how: truncate cuts the thinking span, and the student's template has none "
@@ -140,7 +153,7 @@ def open_roles(config: RunConfig) -> Roles:
             "0.4 %% of its size; smaller ones are lost. It saves 2 bytes a parameter; Adam's moments stay in float32",
             student.param_dtype,
         )
-    return Roles(student, teacher, rewriter)
+    return roles
 
 
 def _require_known_end(student: ModelFiles, teacher: ModelFiles) -> None:
