@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from mpd_jax import __version__, hosts
 from mpd_jax.config import RunConfig, flat, under
-from mpd_jax.data.batching import to_batch
+from mpd_jax.data.batching import BatchReport, to_batch
 from mpd_jax.data.chat import Chat, Contexts
 from mpd_jax.data.problems import ProblemsConfig, ProblemSet, read, refuse_overlap
 from mpd_jax.eval.grade import GraderPool, grade
@@ -437,7 +437,21 @@ def _to_batch(
     prompts = None
     if target_files is not None:
         prompts = {p.id: target_files.chat.prompt(config.recipe.target.context, p) for p in problems}
-    batch, report = to_batch(
+    batch, report = batch_of(config, mesh, student, target_files, problems, trajectories, prompts)
+    return batch if report.trajectories else None
+
+
+def batch_of(
+    config: RunConfig,
+    mesh: Mesh,
+    student: ModelFiles,
+    target_files: ModelFiles | None,
+    problems: Sequence[Problem],
+    trajectories: Sequence[Trajectory],
+    prompts: dict[str, tuple[int, ...]] | None,
+) -> tuple[Batch, BatchReport]:
+    """The arrays of these trajectories as this run packs them; `prompts`: what the target reads before each problem."""
+    return to_batch(
         problems,
         trajectories,
         target_prompts=prompts,
@@ -448,7 +462,6 @@ def _to_batch(
         multiple=mesh.shape["data"] * mesh.shape["fsdp"] * config.train.micro_batches,
         alone=not all(takes_segments(files.model.on(mesh).attention) for files in (student, target_files) if files),
     )
-    return batch if report.trajectories else None
 
 
 def _share_right(problems: Sequence[Problem], trajectories: Sequence[Trajectory], chat: Chat) -> float | None:

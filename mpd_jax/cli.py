@@ -181,6 +181,36 @@ def show_config(config: Config, overrides: Overrides = None) -> None:
     typer.echo(to_yaml(load(config, overrides or [])), nl=False)
 
 
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    topology: Annotated[
+        str, typer.Option(help="Chips and sizes, such as v5e:4x8, v5p:2x2x4, v6e:4x4 or h100:8.", show_default=False)
+    ] = ...,  # type: ignore[assignment] - typer's sign for a required option
+    as_json: Json = False,
+) -> None:
+    """Will it fit? Memory of every phase and time of a step on chips that are not here; exit code 1 if it does not.
+
+    For TPUs the run's own programs are compiled for the topology, on this machine's CPU; libtpu must be installed. It
+    serves one process at a time, so a second plan waits for the first. For GPUs it is arithmetic, an estimate.
+    """
+    # The compiler would look for a TPU of this machine, on the network too, and warn that there is none.
+    for key, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
+    ):
+        os.environ.setdefault(key, value)
+    from mpd_jax.config import load
+    from mpd_jax.plan import command
+
+    result = command.run(load(config, overrides or []), topology, json=as_json)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2, default=str))
+    raise typer.Exit(0 if result["fits"] else 1)
+
+
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine: the fused head, the sampler, packing.")
 app.add_typer(bench, name="bench")
 

@@ -22,7 +22,7 @@ LAYERS = [
     {"build"},
     {"run"},
     {"use"},
-    {"bench_head", "bench_pack", "bench_sample"},
+    {"bench_head", "bench_pack", "bench_sample", "plan"},
     {"cli"},
     {"__main__"},
 ]

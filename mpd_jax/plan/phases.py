@@ -1,0 +1,303 @@
+"""The phases of a run on a mesh that need not be here: each with its programs and all that is resident meanwhile.
+
+Arrays are shapes with places; the programs are the run's own (build.py, train/step.py, the sampler), lowered for them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mpd_jax import build
+from mpd_jax.config import RunConfig
+from mpd_jax.models.decoder import Model
+from mpd_jax.plan import flops
+from mpd_jax.plan.chips import local_bytes, shards
+from mpd_jax.plan.flops import Flops
+from mpd_jax.roles import ModelFiles, Roles
+from mpd_jax.sampling.jax_sampler import JaxSampler, Settings, _decode, _prefill
+from mpd_jax.sharding import batch_sharding
+from mpd_jax.train.state import RunState, Trained
+from mpd_jax.types import Batch, Problem, Trajectory
+
+Parts = dict[str, Any]  # name -> tree of abstract arrays
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program of a phase, run `times` in a step. read: bytes of HBM a chip reads and writes each time.
+
+    arguments: trees of abstract arrays, those that live on beside the program under the names they have there.
+    """
+
+    lower: Callable[[], Any]
+    arguments: Parts
+    times: float
+    flops: Flops
+    read: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """kind: rollout, rewrite, evaluation, hand over, train, resume: what the remedies go by."""
+
+    name: str
+    kind: str
+    resident: Parts
+    program: Program | None = None
+    model: Model | None = None  # that samples or trains
+    target: Model | None = None
+    tokens: float = 0.0  # response tokens that the phase makes or trains on in a step
+    notes: tuple[str, ...] = ()
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Live:
+    """What a run holds from its first step to its last."""
+
+    state: RunState
+    target: Any  # weights the update reads beside the state's
+    parts: Parts
+    decode: dict[str, Any]  # decode copies by role
+
+
+def live(config: RunConfig, roles: Roles, mesh: Mesh, samplers: build.Samplers) -> Live:
+    state = build.abstract_state(config, roles.student, mesh)
+    teacher = build.abstract_weights(roles.teacher, mesh) if roles.teacher else None
+    decode = {"student": decode_copy(samplers.student, state.weights)}
+    for name, sampler in (("writer", samplers.writer), ("rewriter", samplers.rewriter)):
+        if sampler is None or sampler is samplers.student:
+            continue
+        files = roles.teacher if name == "writer" else roles.rewriter
+        assert files is not None
+        shared = [n for n, held in (("student", roles.student), ("writer", roles.teacher)) if files is held]
+        source = next((n for n in shared if n in decode), None)
+        if source:
+            decode[name] = decode[source]
+        else:
+            weights = teacher if files is roles.teacher else build.abstract_weights(files, mesh)
+            decode[name] = decode_copy(sampler, weights)
+    copies = list({id(tree): tree for tree in decode.values()}.values())
+    parts: Parts = {"weights": state.weights, "optimiser": state.opt_state}
+    if state.self_weights is not None:
+        parts["self copy"] = state.self_weights
+    if teacher is not None:
+        parts["teacher"] = teacher
+    parts["decode copies"] = copies
+    target = state.self_weights if config.recipe.target.is_self else teacher
+    return Live(state, target if roles.target(config.recipe) else None, parts, decode)
+
+
+def phases(config: RunConfig, roles: Roles, mesh: Mesh, *, elsewhere: bool = False) -> list[Phase]:
+    """Every phase of a step, of its evaluation and of its start, at the longest lengths that the config allows.
+
+    elsewhere: the mesh's devices stand for others, which do not share a CPU's cache among decks.
+    """
+    samplers = build.make_samplers(config, roles, mesh)
+    if elsewhere:
+        for sampler in (samplers.student, samplers.writer, samplers.rewriter):
+            if sampler is not None:
+                sampler.decks, sampler.deck = 1, config.sampling.slots
+    held = live(config, roles, mesh, samplers)
+    rows = config.train.batch_size * config.recipe.write.attempts
+    sampling, prompt = config.sampling, config.sampling.prompt_tokens
+    found = []
+    if samplers.writer is not None:
+        role = "student" if samplers.writer is samplers.student else "writer"
+        job = _Job(samplers.writer, role, rows, prompt, sampling.writer.max_tokens, sampling.writer)
+        found += _sampled("rollout", job, held, mesh)
+    if samplers.writer is not samplers.student:
+        asked = config.eval.problems * config.eval.attempts
+        job = _Job(samplers.student, "student", asked, prompt, config.eval.max_tokens, config.sampling.writer)
+        found += _sampled("evaluation", job, held, mesh)
+    if samplers.rewriter is not None:
+        room = prompt + sampling.writer.max_tokens + prompt
+        job = _Job(samplers.rewriter, "rewriter", rows, room, sampling.rewriter.max_tokens, sampling.rewriter)
+        found += _sampled("rewrite", job, held, mesh)
+    update = build.update_of(config, roles, mesh)
+    for name, response in trained_lengths(config):
+        found.append(_train(name, config, roles, mesh, held, update, response))
+    found.append(_hand_over(samplers.student, held, mesh))
+    resumed = {k: v for k, v in held.parts.items() if k in ("weights", "optimiser", "self copy")}
+    note = "a checkpoint is restored in place, before teacher and samplers"
+    return [*found, Phase("resume", "resume", resumed, notes=(note,))]
+
+
+def trained_lengths(config: RunConfig) -> list[tuple[str, int]]:
+    """Names of the trained batches, and the longest response in each: rewrites, and traces as they were written."""
+    recipe, room = config.recipe, config.train.max_length - config.sampling.prompt_tokens
+    written = room if recipe.write.by == "dataset" else min(config.sampling.writer.max_tokens, room)
+    rewritten = min(config.sampling.rewriter.max_tokens, room)
+    match recipe.rewrite.how:
+        case "nobody":
+            return [("train", written)]
+        case "truncate":
+            return [("train on cut traces", written)]
+        case _:
+            raw = [("train on raw traces", written)] if recipe.rewrite.fallback == "original" else []
+            return [("train", rewritten), *raw]
+
+
+def longest_batch(config: RunConfig, roles: Roles, mesh: Mesh, response: int) -> Batch:
+    """The batch of a step whose every prompt and response is as long as can be, as shapes on the mesh."""
+    rows, prompt = config.train.batch_size * config.recipe.write.attempts, (0,) * config.sampling.prompt_tokens
+    problems = [Problem(str(row), "") for row in range(rows)]
+    ended = "stopped" if 1 in roles.student.eos_ids else "cut"
+    written = [Trajectory(p.id, 0, prompt, (1,) * response, "student", 0, ended) for p in problems]
+    target = roles.target(config.recipe)
+    prompts = {p.id: prompt for p in problems} if target else None
+    batch, report = build.batch_of(config, mesh, roles.student, target, problems, written, prompts)
+    assert report.trajectories == rows, f"{report.trajectories} of {rows} responses of {response} tokens have a place"
+    place = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), batch)
+
+
+def _train(name: str, config: RunConfig, roles: Roles, mesh: Mesh, held: Live, update: Any, response: int) -> Phase:
+    student, target = roles.student.model.on(mesh), roles.target(config.recipe)
+    batch = longest_batch(config, roles, mesh, response)
+    rows, length = batch.student_tokens_BT.shape
+    trained = Trained(held.state.weights, held.state.opt_state)
+    sizes = {"student_length": length, "target_length": batch.target_tokens_BT.shape[1]}
+    room = batch.response_BR.shape[1]
+    operations = flops.train_step(student, target.model.on(mesh) if target else None, rows=rows, response=room, **sizes)
+    arguments: Parts = {"weights": trained.weights, "optimiser": trained.opt_state, "batch": batch}
+    if target is not None:
+        arguments["self copy" if config.recipe.target.is_self else "teacher"] = held.target
+    return Phase(
+        name,
+        "train",
+        held.parts,
+        Program(
+            lambda: update.lower(trained, held.target, batch),
+            arguments,
+            1,
+            operations,
+            _train_traffic(config, roles.student, target, mesh, batch, held),
+        ),
+        student,
+        target.model.on(mesh) if target else None,
+        tokens=config.train.batch_size * config.recipe.write.attempts * response,
+        sizes={"rows": rows, "pieces": config.train.micro_batches, "response": response, **sizes},
+    )
+
+
+def _train_traffic(
+    config: RunConfig, student: ModelFiles, target: ModelFiles | None, mesh: Mesh, batch: Batch, held: Live
+) -> float:
+    """HBM bytes a chip at the least: gathered weights once a pass, what the backward pass keeps, the optimiser."""
+
+    def gathered(files: ModelFiles) -> float:
+        width = np.dtype("float32" if files.model.dtype == "float32" else "uint16").itemsize
+        return width * sum(x.size for x in jax.tree.leaves(files.model.abstract())) / mesh.shape["tensor"]
+
+    passes = 2 + (student.model.remat == "full")
+    once = gathered(student) * passes + (gathered(target) if target else 0)
+    rows, length = batch.student_tokens_BT.shape
+    width = 4 if student.model.dtype == "float32" else 2
+    kept = rows / shards(mesh) * length * student.model.config.hidden_size * student.model.config.num_layers * width
+    states = local_bytes(held.state.weights) * 2 + local_bytes((held.state.weights, held.state.opt_state)) * 2
+    return once * config.train.micro_batches + 2 * kept + states
+
+
+# The sampler: the one place that knows its programs.
+
+
+def decode_copy(sampler: JaxSampler, weights: Any) -> Any:
+    """What `JaxSampler.load` makes of weights: shapes and places."""
+    with jax.set_mesh(sampler.mesh):
+        return sampler._reshard.eval_shape(weights)
+
+
+def empty_slots(sampler: JaxSampler) -> Any:
+    """The device state of a sampler while it samples."""
+    with jax.set_mesh(sampler.mesh):
+        return sampler._empty.eval_shape()
+
+
+def lower_prefill(sampler: JaxSampler, weights: Any, slots: Any) -> Any:
+    chunk = sampler._chunk(None, [])  # type: ignore[arg-type] - no row of a batch is asked for
+    with jax.set_mesh(sampler.mesh):
+        return _prefill.lower(weights, slots, chunk, program=sampler._program)
+
+
+def lower_decode(sampler: JaxSampler, weights: Any, slots: Any, truncate: bool) -> Any:
+    number, count = np.float32(1), np.int32(1)
+    settings = Settings(*map(np.asarray, (number, number, count, count, np.zeros(len(sampler.eos_ids), np.int32))))
+    with jax.set_mesh(sampler.mesh):
+        return _decode.lower(weights, slots, settings, count, count, program=sampler._program, truncate=truncate)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """`rows` responses of `response` tokens to prompts of `prompt`, all as long as can be."""
+
+    sampler: JaxSampler
+    role: str
+    rows: int
+    prompt: int
+    response: int
+    sampling: Any
+
+
+def _sampled(kind: str, job: _Job, held: Live, mesh: Mesh) -> list[Phase]:
+    """Prefill and decode. Slots are made for a call of `sample` and gone after it."""
+    sampler, weights, slots = job.sampler, held.decode[job.role], empty_slots(job.sampler)
+    model, together = sampler.model, sampler.decks * sampler.deck
+    cache, window = slots.cache.v[0].shape[2], sampler._window()
+    decks = [slots] * min(sampler.decks, job.rows)
+    parts: Parts = {"cache": [deck.cache for deck in decks], "slots": [deck._replace(cache=()) for deck in decks]}
+    given: Parts = {"decode copies": weights, "cache": slots.cache, "slots": slots._replace(cache=())}
+    read = local_bytes(weights) + local_bytes(slots.cache)
+    chunks = -(-max(job.prompt - 1, 1) // sampler.prefill_chunk)
+    taking = sampler.deck if shards(mesh) > 1 else sampler.prefill_rows  # rows that go through the layers
+    truncate = job.sampling.temperature > 0 and (job.sampling.top_p < 1 or job.sampling.top_k > 0)
+    prefill = Program(
+        lambda: lower_prefill(sampler, weights, slots),
+        given,
+        chunks * -(-job.rows // sampler.prefill_rows),
+        _useful(
+            flops.cached(model, sampler.prefill_rows, sampler.prefill_chunk, job.prompt // 2, window, head=False),
+            flops.cached(model, taking, sampler.prefill_chunk, job.prompt // 2, window, head=False),
+        ),
+        read,
+    )
+    decode = Program(
+        lambda: lower_decode(sampler, weights, slots, truncate),
+        given,
+        -(-job.rows // together) * min(sampler.decks, job.rows) * job.response,
+        flops.cached(model, min(sampler.deck, job.rows), 1, job.prompt + job.response // 2, cache, head=True),
+        read,
+    )
+    sizes = {"slots": sampler.deck, "cache": cache, "chunk": sampler.prefill_chunk, "role": job.role}
+    resident = held.parts | parts
+    return [
+        Phase(f"{kind} prefill", kind, resident, prefill, model, sizes=sizes),
+        Phase(f"{kind} decode", kind, resident, decode, model, tokens=job.rows * job.response, sizes=sizes),
+    ]
+
+
+def _useful(one: Flops, other: Flops) -> Flops:
+    return Flops(one.useful, other.done)
+
+
+def _hand_over(sampler: JaxSampler, held: Live, mesh: Mesh) -> Phase:
+    """The student's new decode copy beside the one before it."""
+
+    def lower() -> Any:
+        with jax.set_mesh(mesh):
+            return sampler._reshard.lower(held.state.weights)
+
+    copied = local_bytes(held.state.weights) + local_bytes(held.decode["student"])
+    program = Program(lower, {"weights": held.state.weights}, 1, Flops(), copied)
+    return Phase(
+        "hand over",
+        "hand over",
+        held.parts,
+        program,
+        sampler.model,
+        notes=("the new decode copy beside the one before",),
+    )

@@ -1,0 +1,254 @@
+"""The plan: bytes of the run it plans, operations as the compiler counts them, loops multiplied, remedies named."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import deque
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from mpd_jax import build, config
+from mpd_jax.cli import app
+from mpd_jax.models import decoder
+from mpd_jax.models.config import ModelConfig
+from mpd_jax.models.decoder import Model
+from mpd_jax.plan import chips, command, flops
+from mpd_jax.plan.chips import GiB, local_bytes
+from mpd_jax.plan.collectives import sent_bytes
+from mpd_jax.plan.phases import phases
+from mpd_jax.recipe.loss import LossConfig
+from mpd_jax.roles import open_roles
+from mpd_jax.sampling.sampler import Request, SamplingConfig
+from mpd_jax.sharding import make_mesh
+from mpd_jax.train.state import TrainConfig, Trained, init_opt_state, optimiser
+from mpd_jax.train.step import make_update
+from mpd_jax.types import Batch, UserError
+from tests.e2e.tiny import QUICKSTART, ROOT, SMALL
+
+MIXED = [*SMALL, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+
+
+def on_one_device(tree) -> int:
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    settings = config.load(QUICKSTART, MIXED)
+    mesh, roles = make_mesh(settings.mesh), open_roles(settings)
+    return settings, mesh, roles, {phase.name: phase for phase in phases(settings, roles, mesh)}
+
+
+def test_the_bytes_of_a_plan_are_those_of_the_run_it_plans(tiny, tmp_path):
+    settings, _, _, planned = tiny
+    run, state = build.build(settings, tmp_path, lambda row: None, lambda text: None, None)  # type: ignore[arg-type]
+    run.load_student(state.weights, 0)
+    sampler = run.student_sampler
+    requests = [Request((1, 2), (0, at)) for at in range(settings.train.batch_size)]
+    decks = [sampler._new_deck(requests, SamplingConfig(max_tokens=4), deque()) for _ in range(sampler.decks)]
+    real = {
+        "weights": state.weights,
+        "optimiser": state.opt_state,
+        "teacher": run.parts.teacher_weights,
+        "cache": [deck.slots.cache for deck in decks],
+        "slots": [deck.slots._replace(cache=()) for deck in decks],
+    }
+    resident = planned["rollout decode"].resident
+    assert {name: local_bytes(resident[name]) for name in real} == {n: on_one_device(x) for n, x in real.items()}
+    assert local_bytes(resident["decode copies"][0]) == on_one_device(sampler._weights)
+    assert set(resident) == {*real, "decode copies"}, "something is resident that was not compared"
+    run.close()
+
+
+def test_the_compiler_counts_the_same_argument_bytes(tiny):
+    _, _, _, planned = tiny
+    program = planned["rollout decode"].program
+    given = sum(local_bytes(tree) for tree in program.arguments.values())
+    counted = program.lower().compile().memory_analysis().argument_size_in_bytes
+    assert given + 6 * 4 <= counted <= given + 64, "the rest are settings and limits, numbers all of them"
+
+
+def unrolled(body, carry, xs, length=None):
+    """jax.lax.scan as a Python loop, so that the compiler counts every trip."""
+    out = []
+    for at in range(len(jax.tree.leaves(xs)[0])):
+        carry, y = body(carry, jax.tree.map(lambda x, at=at: x[at], xs))
+        out.append(y)
+    return carry, None if out[0] is None else jax.tree.map(lambda *ys: jnp.stack(ys), *out)
+
+
+SHAPE = ModelConfig(
+    family="qwen3", vocab_size=2048, hidden_size=128, intermediate_size=320, num_layers=2, num_heads=4, num_kv_heads=2,
+    head_dim=32, rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling=None, qkv_bias=False, o_bias=False, mlp_bias=False,
+    qk_norm=True, tie_embeddings=True, max_position_embeddings=4096,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("remat", ["full", *(pytest.param(r, marks=pytest.mark.slow) for r in ("none", "dots"))])
+def test_operations_agree_with_the_compilers_count_of_unrolled_layers(remat, monkeypatch):
+    B, T, R = 2, 192, 128
+    student, target = Model(SHAPE, remat=remat), Model(SHAPE)
+    tx = optimiser(TrainConfig())
+    update = make_update(student, target, LossConfig(chunk=B * R), tx, None, vocab_size=2048)
+    monkeypatch.setattr(decoder.jax.lax, "scan", unrolled)
+    weights = student.abstract()
+    trained = Trained(weights, jax.eval_shape(lambda w: init_opt_state(tx, w), weights))
+    ids, at = (np.zeros(shape, np.int32) for shape in ((B, T), (B, R)))
+    batch = Batch(ids, ids, at, ids, ids, at, at, at, np.ones((B, R), np.float32))
+    counted = update.lower(trained, weights, batch).compile().cost_analysis()["flops"]
+    ours = flops.train_step(student, target, rows=B, student_length=T, target_length=T, response=R).done
+    # What is left are the element-wise operations.
+    assert 0.94 * counted < ours < counted
+
+
+def test_a_causal_row_needs_half_of_its_scores():
+    model = Model(SHAPE, remat="none")
+    once = flops.forward(model, 100, 100)
+    scores = 4 * 2 * 4 * 32 * 100 * 100  # products with keys and with values, layers, heads, head size, T x T
+    assert once.done - once.useful == scores / 2
+
+
+HLO = """
+HloModule made_by_hand
+
+%body (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %p = (s32[], f32[8,16]{1,0}) parameter(0)
+  %x = f32[8,16]{1,0:T(8,128)} get-tuple-element(%p), index=1
+  %gathered = f32[32,16]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %inner = (s32[], f32[8,16]{1,0}) while(%p), condition=%short, body=%inner_body
+  ROOT %t = (s32[], f32[8,16]{1,0}) tuple(%i, %x)
+}
+
+%inner_body (q: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %q = (s32[], f32[8,16]{1,0}) parameter(0)
+  %y = bf16[8,16]{1,0} get-tuple-element(%q), index=1
+  ROOT %sum = bf16[8,16]{1,0} all-reduce(%y), channel_id=2, replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+%short (r: (s32[], f32[8,16])) -> pred[] {
+  %r = (s32[], f32[8,16]{1,0}) parameter(0)
+  %i.2 = s32[] get-tuple-element(%r), index=0
+  %three = s32[] constant(3)
+  ROOT %lt = pred[] compare(%i.2, %three), direction=LT
+}
+
+%begin (a: f32[8,16]) -> f32[8,16] {
+  %a = f32[8,16]{1,0} parameter(0)
+  ROOT %early = f32[2,16]{1,0} reduce-scatter(%a), channel_id=7, replica_groups=mesh['d'=2,'f'=4] {'f'}, dimensions={0}
+}
+
+%finish (b: f32[8,16]) -> f32[8,16] {
+  %b = f32[8,16]{1,0} parameter(0)
+  ROOT %late = f32[2,16]{1,0} reduce-scatter(%b), channel_id=7, replica_groups=mesh['d'=2,'f'=4] {'f'}, dimensions={0}
+}
+
+ENTRY %main (x: f32[8,16]) -> f32[8,16] {
+  %x0 = f32[8,16]{1,0} parameter(0)
+  %layers = (s32[], f32[8,16]{1,0}) while(%t0), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %f = f32[2,16]{1,0} fusion(%x0), kind=kLoop, calls=%begin
+  %g = f32[2,16]{1,0} fusion(%x0), kind=kLoop, calls=%finish
+  ROOT %out = f32[8,16]{1,0} collective-permute(%x0), channel_id=9, source_target_pairs={{0,1}}
+}
+"""
+
+
+def test_collectives_are_counted_times_the_trips_of_their_loops():
+    row = 8 * 16 * 4
+    assert sent_bytes(HLO) == {
+        "all-gather": 5 * 3 * row,  # 5 trips, 3 parts of 4
+        "all-reduce": 5 * 3 * 2 * (row / 2) / 2,  # 5 x 3 trips, bfloat16, twice half of it in groups of 2
+        "reduce-scatter": row * 3 / 4,  # once: one channel, seen where it starts and where it ends
+        "collective-permute": row,
+    }
+
+
+@pytest.mark.slow
+def test_a_layer_loop_of_a_real_program_is_multiplied(tiny):
+    """Gathers over fsdp in the train step: every layer's weights, forward and backward, of both models."""
+    _, mesh, roles, planned = tiny
+    program = planned["train"].program.lower().compile()
+    gathered = sent_bytes(program.as_text())["all-gather"]
+    layers = sum(local_bytes(build.abstract_weights(f, mesh)["blocks"]) for f in (roles.student, roles.teacher))
+    assert gathered > layers, "each device lacks half of every layer, and gathers it at least once"
+    once = sent_bytes(program.as_text().replace("known_trip_count", "unknown").replace("direction=LT", ""))
+    assert gathered > 2 * once["all-gather"]
+
+
+def plan(*arguments: str) -> tuple[int, dict]:
+    result = CliRunner().invoke(app, ["plan", *arguments, "--json"])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_a_plan_on_gpus_is_arithmetic_and_says_so():
+    code, result = plan(str(ROOT / "configs/mpd.yaml"), "--topology", "h200:8", "student.remat=full")
+    assert result["estimate"] and result["chips"] == 8
+    assert "its shape comes with the package" in " ".join(result["said"])
+    by_name = {phase["name"]: phase for phase in result["phases"]}
+    student, teacher = 1_720_574_976, 8_190_735_360  # parameters, as published
+    parts = by_name["rollout decode"]["parts"]
+    assert parts["weights"] == pytest.approx(4 * student / 8, rel=1e-3)
+    assert parts["optimiser"] == pytest.approx(8 * student / 8, rel=1e-3)
+    assert parts["teacher"] == pytest.approx(2 * teacher / 8, rel=1e-3)
+    assert parts["decode copies"] == pytest.approx(2 * (student + teacher), rel=1e-3)
+    assert parts["cache"] == pytest.approx(28 * 8 * 128 * 2 * 2 * 28024, rel=1e-2)  # one slot a GPU
+    assert code == (0 if result["fits"] else 1)
+
+
+def test_a_plan_that_does_not_fit_exits_1_and_names_what_to_change():
+    scores = ["student.attention=reference", "teacher.attention=reference"]
+    code, result = plan(str(ROOT / "configs/mpd.yaml"), "--topology", "a100:8", "student.remat=none", *scores)
+    assert code == 1 and not result["fits"]
+    assert any("set student.remat=full" in line for line in result["remedies"])
+    code, result = plan(str(ROOT / "configs/mpd.yaml"), "--topology", "a100:8", "sampling.slots=256")
+    assert any("set sampling.slots=128" in line for line in result["remedies"])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("v9:4", "not known; give a chip of v5e"),
+        ("v5e:8", "v5e takes 2 sizes"),
+        ("v5p:4x4", "v5p takes 3 sizes"),
+        ("h100:0", "at least 1"),
+        ("h100", "not known"),
+    ],
+)
+def test_topologies_that_there_are_not_are_told(text, told):
+    with pytest.raises(UserError, match=told):
+        chips.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("0.6B", 0.596), ("1.7B", 1.721), ("4B", 4.022), ("8B", 8.191), ("14B", 14.768), ("32B", 32.762)],
+)
+def test_shipped_shapes_have_the_published_number_of_parameters(name, billions):
+    shape = ModelConfig.from_hf(command.known_shapes()[f"Qwen/Qwen3-{name}"]["config"])
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(Model(shape).abstract())) / 1e9 == pytest.approx(
+        billions, abs=6e-4
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
+def test_the_smallest_plan_compiles_for_a_tpu():
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    models = ["student.dtype=bfloat16", "teacher.dtype=bfloat16", "recipe.rewrite.how=nobody"]
+    small = [*SMALL[:-2], "mesh.fsdp=2", "mesh.tensor=2", *models]
+    ran = subprocess.run(
+        [sys.executable, "-m", "mpd_jax", "plan", str(QUICKSTART), "--topology", "v5e:2x2", "--json", *small],
+        capture_output=True, text=True, env=environment, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(ran.stdout)
+    assert not result["estimate"] and result["memory"] == 15.75 * GiB
+    train = next(phase for phase in result["phases"] if phase["name"] == "train")
+    assert train["parts"]["temporaries"] > 0 and train["sent"]["all-gather"] > 0
+    assert all(phase["seconds"] > 0 for phase in result["phases"] if phase["times"])
