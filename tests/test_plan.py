@@ -115,6 +115,13 @@ def test_a_causal_row_needs_half_of_its_scores():
     assert once.done - once.useful == scores / 2
 
 
+def test_a_token_of_a_mixture_goes_through_its_own_experts_alone():
+    shape = ModelConfig.from_hf(command.known_shapes()["Qwen/Qwen3-30B-A3B"]["config"])
+    head_and_embedding = 2 * 151_936 * 2048
+    active = 48 * flops.layer_weights(shape) + head_and_embedding
+    assert active / 1e9 == pytest.approx(3.35, abs=0.01), "3.3 billion, as published"
+
+
 HLO = """
 HloModule made_by_hand
 
@@ -228,7 +235,15 @@ def test_topologies_that_there_are_not_are_told(text, told):
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("0.6B", 0.596), ("1.7B", 1.721), ("4B", 4.022), ("8B", 8.191), ("14B", 14.768), ("32B", 32.762)],
+    [
+        ("0.6B", 0.596),
+        ("1.7B", 1.721),
+        ("4B", 4.022),
+        ("8B", 8.191),
+        ("14B", 14.768),
+        ("32B", 32.762),
+        ("30B-A3B", 30.532),
+    ],
 )
 def test_shipped_shapes_have_the_published_number_of_parameters(name, billions):
     shape = ModelConfig.from_hf(command.known_shapes()[f"Qwen/Qwen3-{name}"]["config"])

@@ -27,12 +27,15 @@ def layer_weights(config: ModelConfig) -> int:
     """Weights of one layer that every token is multiplied with."""
     D, H = config.hidden_size, config.head_dim
     attention = 2 * D * (config.num_heads + config.num_kv_heads) * H
-    return attention + 3 * D * config.intermediate_size
+    feed_forward = 3 * D * config.intermediate_size
+    if config.experts is not None:
+        feed_forward = feed_forward * config.experts.per_token + D * config.experts.count
+    return attention + feed_forward
 
 
 def last_weights(config: ModelConfig) -> int:
-    """Those of a layer's last product, whose result no gradient needs: it is not computed again."""
-    return config.hidden_size * config.intermediate_size
+    """Those of a layer's last product, whose result no gradient needs, unless a router weighs it."""
+    return 0 if config.experts else config.hidden_size * config.intermediate_size
 
 
 def weight_products(config: ModelConfig, tokens: float) -> float:

@@ -166,7 +166,8 @@ def _layer_inputs(model: Model, tokens: float) -> tuple[float, float]:
 def _working(model: Model, rows: float, length: int, tensor: int) -> float:
     """One layer at work: its activations, its gathered weights, and the scores of a kernel that makes all of them."""
     config, width = model.config, _width(model)
-    activations = rows * length * (4 * config.hidden_size + 6 * config.intermediate_size / tensor) * width
+    inner = config.intermediate_size * (config.experts.per_token if config.experts else 1)
+    activations = rows * length * (4 * config.hidden_size + 6 * inner / tensor) * width
     weights = sum(x.size for x in jax.tree.leaves(model.abstract()["blocks"])) / config.num_layers / tensor * width
     scores = 3 * 4 * rows * config.num_heads / tensor * length**2 if computes_all_scores(model) else 0
     return activations + 2 * weights + scores

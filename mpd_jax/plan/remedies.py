@@ -57,7 +57,8 @@ def _wider(config: RunConfig, roles: Roles, mesh: Mesh, why: str) -> str:
     models = [files.model.config for files in (roles.student, roles.teacher, roles.rewriter) if files]
     now, chips, data = mesh.shape["tensor"], mesh.size, mesh.shape["data"]
     for tensor in range(now + 1, chips + 1):
-        divides = all(c.num_heads % tensor == 0 and c.intermediate_size % tensor == 0 for c in models)
+        inner = [c.experts.count if c.experts else c.intermediate_size for c in models]
+        divides = all(c.num_heads % tensor == 0 and size % tensor == 0 for c, size in zip(models, inner, strict=True))
         if divides and all(c.vocab_size % tensor == 0 for c in models) and chips % (tensor * data) == 0:
             return f"set mesh.tensor={tensor} (now {now}): {why}"
     return f"{why}, and the heads divide no further: take chips with more memory or a smaller model"
