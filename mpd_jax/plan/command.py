@@ -32,7 +32,7 @@ from mpd_jax.sharding import make_mesh
 DAY = 86_400
 STEP = ("rollout", "rewrite", "train", "hand over")  # the phases that every step goes through
 ASSUMED = (
-    "every prompt and response as long as the config allows; every expert product and collective at its peak",
+    "every prompt and response as long as the config allows; every product and collective at its peak",
     "a phase takes the largest of operations / peak, HBM traffic / bandwidth, bytes sent / links; the rest is hidden",
     "decoding reads all weights and the whole cache for every token; a TPU's collectives use half of its links",
 )
