@@ -193,7 +193,6 @@ def test_training_brings_the_student_nearer_to_its_target(tmp_path):
         (["train", QUICKSTART, "problems.train=absent.jsonl"], "absent.jsonl"),
         (["train", QUICKSTART, "recipe.target.weights=none"], "recipe.loss.kind"),
         (["train", QUICKSTART, "mesh.tensor=3"], "mesh"),
-        (["train", QUICKSTART, "mesh.fsdp=8", "mesh.tensor=1", "train.batch_size=3"], "train.batch_size"),
         (["train", QUICKSTART, "sampling.writer.max_tokens=5000"], "window"),
         (["train", QUICKSTART, "--processes", "2"], "--coordinator and --process-id: missing"),
         (["eval", "tiny:giant"], "tiny:student"),
