@@ -19,6 +19,7 @@ from mpd_jax.cli import app
 from mpd_jax.models import decoder
 from mpd_jax.models.config import ModelConfig
 from mpd_jax.models.decoder import Model
+from mpd_jax.models.lora import Adapted, LoraConfig
 from mpd_jax.plan import chips, command, flops
 from mpd_jax.plan.chips import GiB, local_bytes
 from mpd_jax.plan.collectives import sent_bytes
@@ -39,22 +40,23 @@ def on_one_device(tree) -> int:
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    settings = config.load(QUICKSTART, MIXED)
+@pytest.fixture(scope="module", params=["whole", "adapter"])
+def tiny(request):
+    adapter = ["student.lora={rank: 8, alpha: 16}"] if request.param == "adapter" else []
+    settings = config.load(QUICKSTART, [*MIXED, *adapter])
     mesh, roles = make_mesh(settings.mesh), open_roles(settings)
     return settings, mesh, roles, {phase.name: phase for phase in phases(settings, roles, mesh)}
 
 
 def test_the_bytes_of_a_plan_are_those_of_the_run_it_plans(tiny, tmp_path):
-    settings, _, _, planned = tiny
+    settings, mesh, roles, planned = tiny
     run, state = build.build(settings, tmp_path, lambda row: None, lambda text: None, None)  # type: ignore[arg-type]
     run.load_student(state.weights, 0)
     sampler = run.student_sampler
     requests = [Request((1, 2), (0, at)) for at in range(settings.train.batch_size)]
     decks = [sampler._new_deck(requests, SamplingConfig(max_tokens=4), deque()) for _ in range(sampler.decks)]
     real = {
-        "weights": state.weights,
+        "weights": (state.weights, roles.student.base(mesh)),
         "optimiser": state.opt_state,
         "teacher": run.parts.teacher_weights,
         "cache": [deck.slots.cache for deck in decks],
@@ -91,18 +93,22 @@ SHAPE = ModelConfig(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("remat", ["full", *(pytest.param(r, marks=pytest.mark.slow) for r in ("none", "dots"))])
-def test_operations_agree_with_the_compilers_count_of_unrolled_layers(remat, monkeypatch):
+SLOW = [("none", None), ("dots", None), ("full", LoraConfig(rank=16, alpha=32))]
+
+
+@pytest.mark.parametrize(("remat", "lora"), [("full", None), *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW)])
+def test_operations_agree_with_the_compilers_count_of_unrolled_layers(remat, lora, monkeypatch):
     B, T, R = 2, 192, 128
-    student, target = Model(SHAPE, remat=remat), Model(SHAPE)
+    model, target = Model(SHAPE, remat=remat), Model(SHAPE)
+    student, base = (Adapted(model, lora), model.abstract()) if lora else (model, None)
     tx = optimiser(TrainConfig())
     update = make_update(student, target, LossConfig(chunk=B * R), tx, None, vocab_size=2048)
     monkeypatch.setattr(decoder.jax.lax, "scan", unrolled)
-    weights = student.abstract()
+    weights, read = student.abstract(), target.abstract()
     trained = Trained(weights, jax.eval_shape(lambda w: init_opt_state(tx, w), weights))
     ids, at = (np.zeros(shape, np.int32) for shape in ((B, T), (B, R)))
     batch = Batch(ids, ids, at, ids, ids, at, at, at, np.ones((B, R), np.float32))
-    counted = update.lower(trained, weights, batch).compile().cost_analysis()["flops"]
+    counted = update.lower(trained, read, batch, base).compile().cost_analysis()["flops"]
     ours = flops.train_step(student, target, rows=B, student_length=T, target_length=T, response=R).done
     # What is left are the element-wise operations.
     assert 0.94 * counted < ours < counted
@@ -195,7 +201,7 @@ def plan(*arguments: str) -> tuple[int, dict]:
 
 
 def test_a_plan_on_gpus_is_arithmetic_and_says_so():
-    code, result = plan(str(ROOT / "configs/mpd.yaml"), "--topology", "h200:8", "student.remat=full")
+    code, result = plan(str(ROOT / "configs/mpd_full.yaml"), "--topology", "h200:8", "student.remat=full")
     assert result["estimate"] and result["chips"] == 8
     assert "its shape comes with the package" in " ".join(result["said"])
     by_name = {phase["name"]: phase for phase in result["phases"]}
@@ -211,10 +217,10 @@ def test_a_plan_on_gpus_is_arithmetic_and_says_so():
 
 def test_a_plan_that_does_not_fit_exits_1_and_names_what_to_change():
     scores = ["student.attention=reference", "teacher.attention=reference"]
-    code, result = plan(str(ROOT / "configs/mpd.yaml"), "--topology", "a100:8", "student.remat=none", *scores)
+    code, result = plan(str(ROOT / "configs/mpd_full.yaml"), "--topology", "a100:8", "student.remat=none", *scores)
     assert code == 1 and not result["fits"]
     assert any("set student.remat=full" in line for line in result["remedies"])
-    code, result = plan(str(ROOT / "configs/mpd.yaml"), "--topology", "a100:8", "sampling.slots=256")
+    code, result = plan(str(ROOT / "configs/mpd_full.yaml"), "--topology", "a100:8", "sampling.slots=256")
     assert any("set sampling.slots=128" in line for line in result["remedies"])
 
 

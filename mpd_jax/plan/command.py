@@ -21,6 +21,7 @@ from mpd_jax.data.chat import Chat, Contexts
 from mpd_jax.models.config import ModelConfig, ModelSpec
 from mpd_jax.models.hf_weights import load_config
 from mpd_jax.models.kernels import choose
+from mpd_jax.models.lora import Adapted, StudentSpec
 from mpd_jax.plan import chips
 from mpd_jax.plan.chips import GiB, Topology
 from mpd_jax.plan.measure import Measured, measure
@@ -73,8 +74,11 @@ def opener(say: Callable[[str], None], platform: str) -> Callable[[str, ModelSpe
         else:
             return open_model(key, spec, contexts)  # the hub, or the message that says what is wrong
         size = Size(shipped["tokenizer"] if shipped else config.vocab_size)
+        model = described(config, spec)
+        adapted = Adapted(model, spec.lora) if isinstance(spec, StudentSpec) and spec.lora else None
+        adapter = Path(spec.adapter) if isinstance(spec, StudentSpec) and spec.adapter else None
         return ModelFiles(
-            key, Path(spec.path), described(config, spec), cast(Chat, size), frozenset({0, 1}), spec.param_dtype
+            key, Path(spec.path), model, cast(Chat, size), frozenset({0, 1}), spec.param_dtype, adapted, adapter
         )
 
     return open_shape

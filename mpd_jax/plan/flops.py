@@ -7,8 +7,11 @@ the diagonal where the kernel does not leave them out.
 
 from dataclasses import dataclass
 
+import jax
+
 from mpd_jax.models.config import ModelConfig
 from mpd_jax.models.decoder import Model
+from mpd_jax.models.lora import Adapted
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,24 @@ def computes_all_scores(model: Model) -> bool:
 
 
 def train_step(
-    student: Model, target: Model | None, *, rows: int, student_length: int, target_length: int, response: int
+    student: Model | Adapted, target: Model | None, *, rows: int, student_length: int, target_length: int, response: int
 ) -> Flops:
     """One update: student forward and backward, target forward, both heads over the response positions."""
-    R, config = rows * response, student.config
-    ahead = forward(student, rows * student_length, student_length)
+    model, tokens, R = student if isinstance(student, Model) else student.model, rows * student_length, rows * response
+    config, ahead = model.config, forward(model, tokens, student_length)
+    products = weight_products(config, tokens)
     again = {
         "none": 0.0,
-        "full": ahead.done - 2.0 * rows * student_length * config.num_layers * last_weights(config),
-        "dots": ahead.done - weight_products(config, rows * student_length),  # scores are products between activations
-    }[student.remat]
+        "full": ahead.done - 2.0 * tokens * config.num_layers * last_weights(config),
+        "dots": ahead.done - products,  # scores are products between activations
+    }[model.remat]
     # The fused head takes both gradients while a chunk's logits are there: logits, dh and dW.
-    total = ahead * 3 + Flops(0, again) + _twice(6.0 * R * config.hidden_size * config.vocab_size)
+    head = 2.0 * R * config.hidden_size * config.vocab_size
+    total = ahead * 3 + Flops(0, again) + _twice(3 * head)
+    if isinstance(student, Adapted):
+        # Frozen weights, the head among them, have no gradients; the adapter's have, and are small.
+        adapter = 6.0 * tokens * sum(x.size for x in jax.tree.leaves(student.abstract()))
+        total += _twice(adapter - products - head)
     if target is not None:
         head = 2.0 * R * target.config.hidden_size * target.config.vocab_size
         total += forward(target, rows * target_length, target_length) + _twice(head)

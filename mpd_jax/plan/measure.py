@@ -140,7 +140,7 @@ def estimated_temporaries(phase: Phase, mesh: Mesh, model: Model, teacher: Model
         scores = 8 * rows * config.num_heads / tensor * sizes["cache"]
         return logits + scores * (sizes["chunk"] if "prefill" in phase.name else 1)
     rows = sizes["rows"] / sizes["pieces"] / copies
-    gradients = local_bytes(phase.resident["weights"])
+    gradients = local_bytes(phase.resident["optimiser"]) / 2
     kept = sum(_layer_inputs(model, rows * sizes["student_length"])) + max(
         _working(m, rows, sizes[f"{side}_length"], tensor)
         for m, side in ((model, "student"), (teacher, "target"))

@@ -60,6 +60,7 @@ class Live:
     """What a run holds from its first step to its last."""
 
     state: RunState
+    base: Any  # the student's frozen weights, None where all train
     target: Any  # weights the update reads beside the state's
     parts: Parts
     decode: dict[str, Any]  # decode copies by role
@@ -68,7 +69,8 @@ class Live:
 def live(config: RunConfig, roles: Roles, mesh: Mesh, samplers: build.Samplers) -> Live:
     state = build.abstract_state(config, roles.student, mesh)
     teacher = build.abstract_weights(roles.teacher, mesh) if roles.teacher else None
-    decode = {"student": decode_copy(samplers.student, state.weights)}
+    base = build.abstract_weights(roles.student, mesh) if roles.student.adapted else None
+    decode = {"student": decode_copy(samplers.student, _whole(base, state.weights))}
     for name, sampler in (("writer", samplers.writer), ("rewriter", samplers.rewriter)):
         if sampler is None or sampler is samplers.student:
             continue
@@ -82,14 +84,21 @@ def live(config: RunConfig, roles: Roles, mesh: Mesh, samplers: build.Samplers) 
             weights = teacher if files is roles.teacher else build.abstract_weights(files, mesh)
             decode[name] = decode_copy(sampler, weights)
     copies = list({id(tree): tree for tree in decode.values()}.values())
-    parts: Parts = {"weights": state.weights, "optimiser": state.opt_state}
+    parts: Parts = {"weights": (state.weights, base), "optimiser": state.opt_state}
     if state.self_weights is not None:
         parts["self copy"] = state.self_weights
     if teacher is not None:
         parts["teacher"] = teacher
     parts["decode copies"] = copies
-    target = state.self_weights if config.recipe.target.is_self else teacher
-    return Live(state, target if roles.target(config.recipe) else None, parts, decode)
+    target = _whole(base, state.self_weights) if config.recipe.target.is_self else teacher
+    return Live(state, base, target if roles.target(config.recipe) else None, parts, decode)
+
+
+def _whole(base: Any, trained: Any) -> Any:
+    """Shapes of what `over` makes of weights: an adapter beside those that it adapts, or without one those alone."""
+    if base is None or trained is None:
+        return trained if base is None else base
+    return {**base, "adapter": trained}
 
 
 def phases(config: RunConfig, roles: Roles, mesh: Mesh, *, elsewhere: bool = False) -> list[Phase]:
@@ -97,7 +106,7 @@ def phases(config: RunConfig, roles: Roles, mesh: Mesh, *, elsewhere: bool = Fal
 
     elsewhere: the mesh's devices stand for others, which do not share a CPU's cache among decks.
     """
-    samplers = build.make_samplers(config, roles, mesh)
+    samplers = build.make_samplers(config, roles, mesh, lambda trained: trained)
     if elsewhere:
         for sampler in (samplers.student, samplers.writer, samplers.rewriter):
             if sampler is not None:
@@ -163,16 +172,19 @@ def _train(name: str, config: RunConfig, roles: Roles, mesh: Mesh, held: Live, u
     trained = Trained(held.state.weights, held.state.opt_state)
     sizes = {"student_length": length, "target_length": batch.target_tokens_BT.shape[1]}
     room = batch.response_BR.shape[1]
-    operations = flops.train_step(student, target.model.on(mesh) if target else None, rows=rows, response=room, **sizes)
-    arguments: Parts = {"weights": trained.weights, "optimiser": trained.opt_state, "batch": batch}
+    operations = flops.train_step(
+        roles.student.trains.on(mesh), target.model.on(mesh) if target else None, rows=rows, response=room, **sizes
+    )
+    arguments: Parts = {"weights": held.parts["weights"], "optimiser": trained.opt_state, "batch": batch}
     if target is not None:
-        arguments["self copy" if config.recipe.target.is_self else "teacher"] = held.target
+        part = "self copy" if config.recipe.target.is_self else "teacher"
+        arguments |= {part: held.parts[part]} if part in held.parts else {}
     return Phase(
         name,
         "train",
         held.parts,
         Program(
-            lambda: update.lower(trained, held.target, batch),
+            lambda: update.lower(trained, held.target, batch, held.base),
             arguments,
             1,
             operations,
@@ -289,10 +301,10 @@ def _hand_over(sampler: JaxSampler, held: Live, mesh: Mesh) -> Phase:
 
     def lower() -> Any:
         with jax.set_mesh(mesh):
-            return sampler._reshard.lower(held.state.weights)
+            return sampler._reshard.lower(_whole(held.base, held.state.weights))
 
-    copied = local_bytes(held.state.weights) + local_bytes(held.decode["student"])
-    program = Program(lower, {"weights": held.state.weights}, 1, Flops(), copied)
+    copied = local_bytes(held.parts["weights"]) + local_bytes(held.decode["student"])
+    program = Program(lower, {"weights": held.parts["weights"]}, 1, Flops(), copied)
     return Phase(
         "hand over",
         "hand over",
