@@ -94,9 +94,9 @@ def test_every_layout_gives_the_same_step():
 
 
 def test_the_layouts_differ():
-    """Else they would agree for nothing: packed rows hold several trajectories, and no two meshes the same rows."""
+    """Else they would agree for nothing: packed rows hold several trajectories, and more on one device than on eight."""
     rows = {name: batch_for(mesh, "packed", 2).weight_BR.shape[0] for name, mesh in MESHES.items()}
-    assert len(set(rows.values())) > 2 and rows["1 device"] < batch_for(None, "unpacked", 1).weight_BR.shape[0] / 2
+    assert rows["1 device"] < rows["data 8"] < batch_for(None, "unpacked", 1).weight_BR.shape[0]
     assert batch_for(None, "packed", 1).student_segments_BT.max() > 2
     index_BR = batch_for(None, "packed", 1).index_BR
     assert index_BR.max() < POSITION_EDGES[2] * 2 < index_BR.shape[1]

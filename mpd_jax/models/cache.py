@@ -30,22 +30,20 @@ def cache_axes(layers: int) -> KVCache:
 
 
 def extend_every(held: jax.Array, new_BTKH: jax.Array, to_BT: jax.Array, window: int, length: int) -> tuple:
-    """(positions below `window` with the new ones at `to_BT`, the whole array that holds them); `length`: S's axis.
+    """(its positions below `window`, the array with new ones at `to_BT`); `length`: the axis that runs over positions.
 
-    A position outside the window is not written. Row by row under vmap: rows stay a batch of the scatter, which the
+    A position outside the array is not written. Row by row under vmap: rows stay a batch of the scatter, which the
     partitioner splits without gathering the cache.
     """
-    near = lax.slice_in_dim(held, 0, window, axis=length)
-    if length == KEYS_LENGTH:
-        near = jax.vmap(lambda x_KHS, to_T, new_TKH: x_KHS.at[:, :, to_T].set(new_TKH.transpose(1, 2, 0), mode="drop"))(
-            near, to_BT, new_BTKH
-        )
-    else:
-        near = jax.vmap(lambda x_KSH, to_T, new_TKH: x_KSH.at[:, to_T].set(new_TKH.swapaxes(0, 1), mode="drop"))(
-            near, to_BT, new_BTKH
-        )
-    whole = near if window == held.shape[length] else lax.dynamic_update_slice_in_dim(held, near, 0, axis=length)
-    return near, whole
+
+    def put_keys(x_KHS: jax.Array, to_T: jax.Array, new_TKH: jax.Array) -> jax.Array:
+        return x_KHS.at[:, :, to_T].set(new_TKH.transpose(1, 2, 0), mode="drop")
+
+    def put_values(x_KSH: jax.Array, to_T: jax.Array, new_TKH: jax.Array) -> jax.Array:
+        return x_KSH.at[:, to_T].set(new_TKH.swapaxes(0, 1), mode="drop")
+
+    held = jax.vmap(put_keys if length == KEYS_LENGTH else put_values)(held, to_BT, new_BTKH)
+    return lax.slice_in_dim(held, 0, window, axis=length), held
 
 
 def extend_picked(

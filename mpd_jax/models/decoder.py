@@ -337,12 +337,13 @@ class Model:
         slot, and changes nothing. window: no row with a valid token reaches beyond so many positions, padding
         included, and attention reads no further.
         """
-        S = window or cache.v[0].shape[VALUES_LENGTH]
+        whole = cache.v[0].shape[VALUES_LENGTH]
+        S = window or whole
         start_R = cache.length_B if slots_R is None else cache.length_B[slots_R]
         offset_T = jnp.arange(tokens_RT.shape[1])
         at_RT = start_R[:, None] + offset_T[None, :]
         # A token that does not count is written nowhere: its index is out of range.
-        to_RT = jnp.where(offset_T[None, :] < valid_R[:, None], at_RT, S)
+        to_RT = jnp.where(offset_T[None, :] < valid_R[:, None], at_RT, whole)
         visible, rotation = jnp.arange(S)[None, None, :] <= at_RT[:, :, None], rotary(at_RT, self.config)
 
         def extend(held: jax.Array, new_RTKH: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
