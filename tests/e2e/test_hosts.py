@@ -89,7 +89,8 @@ def written(run_dir: Path) -> list[list[tuple]]:
 
 
 def losses(run_dir: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(run_dir / "metrics.jsonl")]
+    rows = read_rows(run_dir / "metrics.jsonl")
+    return [np.nan if row["loss"] is None else row["loss"] for row in rows]  # None: nothing was left to learn from
 
 
 def assert_alike(run_dir: Path, other: Path) -> None:
