@@ -1,6 +1,6 @@
 """`mpd-jax bench sample`: the JAX sampler beside transformers' `generate`, on the shipped student, greedy.
 
-Both answer the same problems: transformers in left-padded batches, the sampler with as many slots refilled from a
+Both answer the same problems: transformers in left-padded batches, the sampler with at most as many slots, fed by a
 queue. Only tokens up to EOS count, compilation is left out, and the two are timed in turn in one process on the same
 threads. Then, at temperature 1, decode steps against the ideal, and tokens that change with the compiled shape.
 torch is imported by this bench alone, and only when it runs; without it what needs transformers is left out.
@@ -88,7 +88,7 @@ def run(
         "threads": threads,
         "batches": [compare(subject, generate, size, size * rounds, repeats) for size in batches],
         "steps": refill_steps(subject, slots=min(batches)),
-        "shape_divergence": shape_divergence(subject, slots=(min(batches), max(batches))),
+        "shape_divergence": shape_divergence(subject, slots=(min(batches), max(1, min(batches) // 2))),
     }
     if not json:
         show(result)
@@ -183,17 +183,15 @@ def compare(subject: Subject, generate: Generate | None, size: int, count: int, 
 
 
 def refill_steps(subject: Subject, slots: int) -> dict[str, Any]:
-    """Decode steps for sampled responses of uneven length, over sum of lengths / slots + longest length.
-
-    Decks have each their own last response: the longest counts once a deck.
-    """
+    """Decode steps for sampled responses of uneven length, over sum of lengths / slots + longest length."""
     sampler = subject.sampler(slots)
     responses = sampler.sample(subject.requests, SamplingConfig(max_tokens=subject.max_tokens))
     lengths = [len(r.ids) for r in responses]
-    ideal = sum(lengths) / sampler.deck + sampler.decks * max(lengths)
-    static = sum(max(lengths[i : i + sampler.deck]) for i in range(0, len(lengths), sampler.deck))
+    slots = sampler.slots  # on a CPU perhaps fewer than asked for
+    ideal = sum(lengths) / slots + max(lengths)
+    static = sum(max(lengths[i : i + slots]) for i in range(0, len(lengths), slots))
     return {
-        "slots": sampler.decks * sampler.deck,
+        "slots": slots,
         "responses": len(lengths),
         "mean_length": sum(lengths) / len(lengths),
         "longest": max(lengths),

@@ -94,15 +94,14 @@ def test_a_response_is_bit_identical_whatever_its_neighbours_and_order():
     assert tuple(made.sample(requests()[5:] + requests()[:5], SAMPLED)) == responses()[5:] + responses()[:5]
 
 
-def test_decks_give_what_one_deck_gives(monkeypatch):
-    """Eleven responses in flight, in decks of four: bit for bit those of a sampler whose one deck has four slots."""
-    monkeypatch.setattr(jax_sampler, "CPU_DECK_BYTES", 4 * bytes_of_a_slot())
+def test_a_cpu_decodes_as_many_rows_as_its_cache_holds(monkeypatch):
+    """Eleven slots asked for and room for four: bit for bit the responses of a sampler of four."""
+    monkeypatch.setattr(jax_sampler, "CPU_CACHE_BYTES", 4 * bytes_of_a_slot())
     made = sampler(slots=11)
-    assert (made.decks, made.deck) == (3, 4)
+    assert made.slots == 4
     assert tuple(made.sample(requests(), SAMPLED)) == responses()
-    assert tuple(made.sample(requests()[:2], SAMPLED)) == responses()[:2]  # fewer than decks
-    longest, total = max(len(r.ids) for r in responses()), sum(len(r.ids) for r in responses())
-    assert made.stats.decode_steps <= total / 4 + 3 * longest + 2 * longest
+    assert sampler(slots=3, load=False).slots == 3
+    assert sampler(slots=16, mesh=MeshConfig(8, 1, 1), load=False).slots == 8, "every device has a row"
 
 
 def bytes_of_a_slot():

@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from collections import deque
 
 import jax
 import jax.numpy as jnp
@@ -54,13 +53,13 @@ def test_the_bytes_of_a_plan_are_those_of_the_run_it_plans(tiny, tmp_path):
     run.load_student(state.weights, 0)
     sampler = run.student_sampler
     requests = [Request((1, 2), (0, at)) for at in range(settings.train.batch_size)]
-    decks = [sampler._new_deck(requests, SamplingConfig(max_tokens=4), deque()) for _ in range(sampler.decks)]
+    slots = sampler._batch(requests, SamplingConfig(max_tokens=4)).slots
     real = {
         "weights": (state.weights, roles.student.base(mesh)),
         "optimiser": state.opt_state,
         "teacher": run.parts.teacher_weights,
-        "cache": [deck.slots.cache for deck in decks],
-        "slots": [deck.slots._replace(cache=()) for deck in decks],
+        "cache": slots.cache,
+        "slots": slots._replace(cache=()),
     }
     resident = planned["rollout decode"].resident
     assert {name: local_bytes(resident[name]) for name in real} == {n: on_one_device(x) for n, x in real.items()}

@@ -104,13 +104,13 @@ def _whole(base: Any, trained: Any) -> Any:
 def phases(config: RunConfig, roles: Roles, mesh: Mesh, *, elsewhere: bool = False) -> list[Phase]:
     """Every phase of a step, of its evaluation and of its start, at the longest lengths that the config allows.
 
-    elsewhere: the mesh's devices stand for others, which do not share a CPU's cache among decks.
+    elsewhere: the mesh's devices stand for others, whose slots no CPU's cache limits.
     """
     samplers = build.make_samplers(config, roles, mesh, lambda trained: trained)
     if elsewhere:
         for sampler in (samplers.student, samplers.writer, samplers.rewriter):
             if sampler is not None:
-                sampler.decks, sampler.deck = 1, config.sampling.slots
+                sampler.slots = config.sampling.slots
     held = live(config, roles, mesh, samplers)
     rows = config.train.batch_size * config.recipe.write.attempts
     sampling, prompt = config.sampling, config.sampling.prompt_tokens
@@ -258,14 +258,13 @@ class _Job:
 def _sampled(kind: str, job: _Job, held: Live, mesh: Mesh) -> list[Phase]:
     """Prefill and decode. Slots are made for a call of `sample` and gone after it."""
     sampler, weights, slots = job.sampler, held.decode[job.role], empty_slots(job.sampler)
-    model, together = sampler.model, sampler.decks * sampler.deck
+    model = sampler.model
     cache, window = slots.cache.v[0].shape[2], sampler._window()
-    decks = [slots] * min(sampler.decks, job.rows)
-    parts: Parts = {"cache": [deck.cache for deck in decks], "slots": [deck._replace(cache=()) for deck in decks]}
-    given: Parts = {"decode copies": weights, "cache": slots.cache, "slots": slots._replace(cache=())}
+    parts: Parts = {"cache": slots.cache, "slots": slots._replace(cache=())}
+    given: Parts = {"decode copies": weights, **parts}
     read = local_bytes(weights) + local_bytes(slots.cache)
     chunks = -(-max(job.prompt - 1, 1) // sampler.prefill_chunk)
-    taking = sampler.deck if shards(mesh) > 1 else sampler.prefill_rows  # rows that go through the layers
+    taking = sampler.slots if shards(mesh) > 1 else sampler.prefill_rows  # rows that go through the layers
     truncate = job.sampling.temperature > 0 and (job.sampling.top_p < 1 or job.sampling.top_k > 0)
     prefill = Program(
         lambda: lower_prefill(sampler, weights, slots),
@@ -280,11 +279,11 @@ def _sampled(kind: str, job: _Job, held: Live, mesh: Mesh) -> list[Phase]:
     decode = Program(
         lambda: lower_decode(sampler, weights, slots, truncate),
         given,
-        -(-job.rows // together) * min(sampler.decks, job.rows) * job.response,
-        flops.cached(model, min(sampler.deck, job.rows), 1, job.prompt + job.response // 2, cache, head=True),
+        -(-job.rows // sampler.slots) * job.response,
+        flops.cached(model, min(sampler.slots, job.rows), 1, job.prompt + job.response // 2, cache, head=True),
         read,
     )
-    sizes = {"slots": sampler.deck, "cache": cache, "chunk": sampler.prefill_chunk, "role": job.role}
+    sizes = {"slots": sampler.slots, "cache": cache, "chunk": sampler.prefill_chunk, "role": job.role}
     resident = held.parts | parts
     return [
         Phase(f"{kind} prefill", kind, resident, prefill, model, sizes=sizes),

@@ -1,10 +1,9 @@
 """Samples on the training mesh: chunked prefill, cached decode, a fixed number of slots refilled from a queue.
 
-Two programs run at one shape each, `prefill` [prefill_rows, prefill_chunk] and `decode` [deck], so a response is a
+Two programs run at one shape each, `prefill` [prefill_rows, prefill_chunk] and `decode` [slots], so a response is a
 function of (key, prompt, weights, sampling), bit for bit, whatever shares its batch. The last prompt token is fed by
 `decode`, which therefore draws every token; `prefill` needs no vocabulary head. Decoding stays on the device until a
-slot is free for a waiting request; ids and log-probabilities leave it once per finished response. An accelerator holds
-all slots in one deck; on a CPU, decks small enough for the processor's own cache take turns.
+slot is free for a waiting request; ids and log-probabilities leave it once per finished response.
 """
 
 from collections import Counter, deque
@@ -30,12 +29,12 @@ TRACES: Counter[str] = Counter()
 
 REPORT_EVERY = 128  # decode steps after which the host looks in even if no slot is free
 STREAM_EVERY = 4  # decode steps between two looks at a streamed response
-CPU_DECK_BYTES = 8 * 2**20  # of keys and values; twice that was seen to cost twice the time for each token
+CPU_CACHE_BYTES = 8 * 2**20  # of keys and values; twice that was seen to cost twice the time for each token
 
 
 @dataclass
 class Stats:
-    """What a sampler did since it was made. `decode_steps`: of any deck, each at most a token a slot."""
+    """What a sampler did since it was made. `decode_steps` counts device steps, each at most one token a slot."""
 
     decode_steps: int = 0
     prefill_calls: int = 0
@@ -44,7 +43,7 @@ class Stats:
 
 
 class Slots(NamedTuple):
-    """A deck on the device; B: its slots, R: response tokens. Row b of `ids_BR` holds `count_B[b]` tokens."""
+    """Device state; B runs over slots, R over response tokens. Row b of `ids_BR` holds `count_B[b]` tokens."""
 
     cache: KVCache
     token_B: jax.Array  # fed next
@@ -188,8 +187,8 @@ def _decode_copy(weights: Any, model: Model, dtype: Any) -> Any:
 
 
 @dataclass
-class _Deck:
-    """Slots that decode together, for one call of `sample` or `stream`. All decks of a call take from one queue."""
+class _Batch:
+    """One call of `sample` or `stream`: its device state, and what the host knows of it."""
 
     requests: Sequence[Request]
     settings: Settings
@@ -202,9 +201,9 @@ class _Deck:
 class JaxSampler:
     """A model that answers, on the training mesh. See `mpd_jax.sampling.sampler.Sampler` for the contract.
 
-    slots: responses in flight, on a CPU rounded up to whole decks. prompt_length, max_length: longest prompt, and
-    longest prompt + response, in tokens. vocab_size: columns of the head beyond it are padding and are never drawn.
-    dtype: of weights and cache.
+    slots: responses decoded side by side, fewer on a CPU whose own cache would not hold them. prompt_length,
+    max_length: longest prompt, and longest prompt + response, in tokens. vocab_size: columns of the head beyond it are
+    padding and are never drawn. dtype: of weights and cache.
     Every process of a multi-host run calls every method with the same arguments and gets the same responses.
     """
 
@@ -226,8 +225,8 @@ class JaxSampler:
         self.prompt_length, self.max_length = prompt_length, max_length
         self.prefill_chunk = min(prefill_chunk, max(prompt_length - 1, 1))
         self.vocab_size, self.dtype = vocab_size, jnp.dtype(dtype)
-        self.decks, self.deck = self._split(slots)
-        self.prefill_rows = min(prefill_rows, self.deck)
+        self.slots = self._fitting(slots)
+        self.prefill_rows = min(prefill_rows, self.slots)
         self.version = -1
         self.stats = Stats()
         self._weights: Any = None
@@ -256,36 +255,33 @@ class JaxSampler:
         progress: Callable[[int], None] | None = None,
     ) -> list[Response]:
         """Responses in the order of the requests. `progress` is told the number of finished responses."""
-        queue = deque(range(len(requests)))
-        decks = [self._new_deck(requests, sampling, queue) for _ in range(min(self.decks, len(queue)))]
+        batch = self._batch(requests, sampling)
         responses: dict[int, Response] = {}
-        while len(responses) < len(requests):
-            for deck in decks:
-                self._refill(deck)
-                if deck.running:
-                    self._advance(deck, limit=REPORT_EVERY)
-                    responses.update(self._collect(deck))
+        while batch.queue or batch.running:
+            self._refill(batch)
+            self._advance(batch, limit=REPORT_EVERY)
+            responses.update(self._collect(batch))
             if progress:
                 progress(len(responses))
         return [responses[index] for index in range(len(requests))]
 
     def stream(self, request: Request, sampling: SamplingConfig) -> Iterator[int]:
         """The token ids of one response as they come: the same ids as `sample` returns."""
-        deck = self._new_deck([request], sampling, deque([0]))
-        self._refill(deck)
-        (slot,) = deck.running
+        batch = self._batch([request], sampling)
+        self._refill(batch)
+        (slot,) = batch.running
         sent, active = 0, True
         while active:
-            self._advance(deck, limit=STREAM_EVERY)
-            active = bool(np.asarray(deck.slots.active_B)[slot])
-            count = int(np.asarray(deck.slots.count_B)[slot])
-            ids_R, _ = self._rows(deck, [slot])[0]
+            self._advance(batch, limit=STREAM_EVERY)
+            active = bool(np.asarray(batch.slots.active_B)[slot])
+            count = int(np.asarray(batch.slots.count_B)[slot])
+            ids_R, _ = self._rows(batch, [slot])[0]
             yield from (int(token) for token in ids_R[sent:count])
             sent = count
         self.stats.tokens += sent
         self.stats.responses += 1
 
-    def _new_deck(self, requests: Sequence[Request], sampling: SamplingConfig, queue: deque[int]) -> _Deck:
+    def _batch(self, requests: Sequence[Request], sampling: SamplingConfig) -> _Batch:
         assert self._weights is not None, "load comes before sample"
         for request in requests:
             length = len(request.prompt)
@@ -309,21 +305,20 @@ class JaxSampler:
         truncate = sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0)
         with jax.set_mesh(self.mesh):
             slots = self._empty()
-        return _Deck(requests, settings, truncate, slots, queue, {})
+        return _Batch(requests, settings, truncate, slots, deque(range(len(requests))), {})
 
-    def _split(self, slots: int) -> tuple[int, int]:
-        """(number of decks, slots of each)."""
+    def _fitting(self, slots: int) -> int:
+        """On a CPU no more slots than its own cache holds, but one for each device that they lie on."""
         if self.mesh.devices.flat[0].platform != "cpu":
-            return 1, slots
+            return slots
         cache = jax.eval_shape(lambda: self.model.init_cache(1, self._cache_length(), self.dtype))
-        fit = max(1, CPU_DECK_BYTES // sum(x.size * x.dtype.itemsize for x in (*cache.k, *cache.v)))
-        decks = -(-slots // fit)
+        fit = CPU_CACHE_BYTES // sum(x.size * x.dtype.itemsize for x in (*cache.k, *cache.v))
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        return decks, -(-slots // (decks * shards)) * shards
+        return min(slots, max(1, fit // shards) * shards)
 
     def _new_slots(self) -> Slots:
         TRACES["empty"] += 1
-        B, R = self.deck, self.max_length
+        B, R = self.slots, self.max_length
         return Slots(
             cache=self.model.init_cache(B, self._cache_length(), self.dtype),
             token_B=jnp.zeros(B, jnp.int32),
@@ -348,18 +343,18 @@ class JaxSampler:
         cache = tree_shardings(self.mesh, self.model.cache_axes(), shapes.cache, "decode")
         return jax.tree.map(lambda _: whole, shapes)._replace(cache=cache)
 
-    def _refill(self, deck: _Deck) -> None:
+    def _refill(self, batch: _Batch) -> None:
         """Gives every free slot the next waiting request, and its prompt to the cache."""
         pending: deque[tuple[int, int]] = deque()  # slot, tokens already in the cache
-        for slot in range(self.deck):
-            if slot not in deck.running and deck.queue:
-                deck.running[slot] = deck.queue.popleft()
+        for slot in range(self.slots):
+            if slot not in batch.running and batch.queue:
+                batch.running[slot] = batch.queue.popleft()
                 pending.append((slot, 0))
         while pending:
             rows = [pending.popleft() for _ in range(min(self.prefill_rows, len(pending)))]
-            chunk = self._chunk(deck, rows)
+            chunk = self._chunk(batch, rows)
             with jax.set_mesh(self.mesh):
-                deck.slots = _prefill(self._weights, deck.slots, chunk, program=self._program)
+                batch.slots = _prefill(self._weights, batch.slots, chunk, program=self._program)
             self.stats.prefill_calls += 1
             pending.extendleft(
                 (slot, start + self.prefill_chunk)
@@ -367,10 +362,10 @@ class JaxSampler:
                 if not chunk.last_C[row]
             )
 
-    def _chunk(self, deck: _Deck, rows: list[tuple[int, int]]) -> Chunk:
+    def _chunk(self, batch: _Batch, rows: list[tuple[int, int]]) -> Chunk:
         C, T = self.prefill_rows, self.prefill_chunk
         taken = {slot for slot, _ in rows}
-        spare = [slot for slot in range(self.deck) if slot not in taken]  # dummy rows: distinct slots, nothing valid
+        spare = [slot for slot in range(self.slots) if slot not in taken]  # dummy rows: distinct slots, nothing valid
         chunk = Chunk(
             tokens_CT=np.zeros((C, T), np.int32),
             slot_C=np.array([slot for slot, _ in rows] + spare[: C - len(rows)], np.int32),
@@ -381,7 +376,7 @@ class JaxSampler:
             key_C2=np.zeros((C, 2), np.uint32),
         )
         for row, (slot, start) in enumerate(rows):
-            request = deck.requests[deck.running[slot]]
+            request = batch.requests[batch.running[slot]]
             body = request.prompt[:-1][start : start + T]
             chunk.tokens_CT[row, : len(body)] = body
             chunk.valid_C[row] = len(body)
@@ -391,42 +386,42 @@ class JaxSampler:
             chunk.key_C2[row] = request.key
         return chunk
 
-    def _advance(self, deck: _Deck, limit: int) -> None:
+    def _advance(self, batch: _Batch, limit: int) -> None:
         """Decodes until a waiting request can have a slot, all rows finished, or `limit` steps."""
-        enough = np.int32(1 if deck.queue else self.deck + 1)
+        enough = np.int32(1 if batch.queue else self.slots + 1)
         with jax.set_mesh(self.mesh):
-            deck.slots, steps = _decode(
+            batch.slots, steps = _decode(
                 self._weights,
-                deck.slots,
-                deck.settings,
+                batch.slots,
+                batch.settings,
                 np.int32(limit),
                 enough,
                 program=self._program,
-                truncate=deck.truncate,
+                truncate=batch.truncate,
             )
         self.stats.decode_steps += int(steps)
 
-    def _rows(self, deck: _Deck, slots: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _rows(self, batch: _Batch, slots: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Whole rows of the output buffers, fetched at one compiled shape."""
         rows = []
         for start in range(0, len(slots), self.prefill_rows):
             part = slots[start : start + self.prefill_rows]
             wanted_C = np.array(part + [0] * (self.prefill_rows - len(part)), np.int32)
             with jax.set_mesh(self.mesh):
-                ids_CR, logprobs_CR = jax.device_get(_take(deck.slots, wanted_C))
+                ids_CR, logprobs_CR = jax.device_get(_take(batch.slots, wanted_C))
             rows.extend(zip(ids_CR[: len(part)], logprobs_CR[: len(part)], strict=True))
         return rows
 
-    def _collect(self, deck: _Deck) -> dict[int, Response]:
+    def _collect(self, batch: _Batch) -> dict[int, Response]:
         """The responses that finished, by request; their slots are free afterwards."""
-        active_B, count_B = jax.device_get((deck.slots.active_B, deck.slots.count_B))
-        done = [slot for slot in sorted(deck.running) if not active_B[slot]]
+        active_B, count_B = jax.device_get((batch.slots.active_B, batch.slots.count_B))
+        done = [slot for slot in sorted(batch.running) if not active_B[slot]]
         responses = {}
-        for slot, (ids_R, logprobs_R) in zip(done, self._rows(deck, done), strict=True):
+        for slot, (ids_R, logprobs_R) in zip(done, self._rows(batch, done), strict=True):
             count = int(count_B[slot])
             ids = tuple(ids_R[:count].tolist())
             ended = "stopped" if ids[-1] in self.eos_ids else "cut"
-            responses[deck.running.pop(slot)] = Response(ids, tuple(logprobs_R[:count].tolist()), ended)
+            responses[batch.running.pop(slot)] = Response(ids, tuple(logprobs_R[:count].tolist()), ended)
             self.stats.tokens += count
             self.stats.responses += 1
         return responses
