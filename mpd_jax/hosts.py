@@ -24,6 +24,7 @@ from mpd_jax.types import UserError
 
 STOPPED = 75  # exit code: asked to stop by a signal, saved, can go on (EX_TEMPFAIL)
 LEFT_ALONE = 69  # exit code: another process of the run has died (EX_UNAVAILABLE)
+FIND_S = 300.0  # how long a process looks for process 0
 DEAD_AFTER_S = 60.0  # without a sign of life from a process the others end
 GRACE_S = 5.0  # for the others to hear why a process ends, or to come to the same end by themselves
 CHECKS_KEPT = 1000  # answers that stay in the store; no process is that far behind another
@@ -64,6 +65,8 @@ def join(
 
     Comes before anything else that touches a device.
     """
+    if coordinator is not None:
+        _find(coordinator, process)
     # It would take SIGTERM, and Orbax asks it with step numbers of its own; `check` agrees on a stop instead.
     jax.config.update("jax_enable_preemption_service", False)
     # Of CPU devices alone: two programs at once would meet the other processes in two orders, and wait for ever.
@@ -79,6 +82,34 @@ def join(
         ) from error
     if distributed.global_state.num_processes > 1:
         _shared.watcher = _Watcher(dead_after_s)
+
+
+def _find(coordinator: str, process: int | None) -> None:
+    """UserError where JAX would abort with a stack trace: an address that is none, a port in use, nobody there."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise UserError(f"--coordinator: {coordinator!r} is not allowed; it must be HOST:PORT, such as host0:9000")
+    if process == 0:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise UserError(
+                f"--coordinator: port {port} of this host cannot be opened ({error.strerror}); choose another"
+            ) from None
+        return
+    print(f"looking for process 0 at {coordinator}", file=sys.stderr, flush=True)
+    deadline = time.monotonic() + FIND_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--coordinator: nobody answers at {coordinator} ({error}); start process 0 there, and give every "
+                    "process the same --coordinator and --processes"
+                ) from None
+        time.sleep(0.2)
 
 
 def alone() -> bool:

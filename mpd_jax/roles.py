@@ -92,7 +92,12 @@ def open_model(key: str, spec: ModelSpec, contexts: Contexts) -> ModelFiles:
         )
     if not isinstance(spec, StudentSpec) or spec.lora is None:
         return ModelFiles(key, directory, model, chat, stops, spec.param_dtype)
-    adapter = Path(spec.adapter) if spec.adapter else None
+    if spec.lora.rank > model.config.hidden_size:
+        raise UserError(
+            f"{key}.lora.rank = {spec.lora.rank} is not allowed: it exceeds the model's width of "
+            f"{model.config.hidden_size}, and so the rank of any update; lower it"
+        )
+    adapter = Path(spec.adapter).expanduser() if spec.adapter else None
     return ModelFiles(key, directory, model, chat, stops, spec.param_dtype, Adapted(model, spec.lora), adapter)
 
 

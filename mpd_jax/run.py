@@ -6,6 +6,7 @@ A run directory holds config.yaml (resolved), metrics.jsonl, phase.log, trajecto
 
 import dataclasses
 import fcntl
+import importlib.util
 import json
 import platform
 import re
@@ -106,8 +107,18 @@ def train(settings: RunConfig) -> Path:
 def keep_compiled(directory: str) -> None:
     """Compiled programs are read from and written to `directory`, however small; call it before the first."""
     if "://" not in directory:
-        with writing(Path(directory)):
+        try:
             Path(directory).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run.compile_cache: {directory} cannot be made ({error.strerror}); choose a directory that can be "
+                "written, or leave it out"
+            ) from None
+    elif not directory.startswith("gs://") or not importlib.util.find_spec("gcsfs"):
+        raise UserError(
+            f"run.compile_cache: {directory} is not allowed; give a directory, or a gs:// address with gcsfs installed "
+            "(pip install 'mpd-jax[gcs]')"
+        )
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

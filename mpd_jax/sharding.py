@@ -74,6 +74,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh: data x fsdp x tensor = {' x '.join(map(str, sizes))} does not make {len(devices)} devices; "
             "change mesh.data, mesh.fsdp or mesh.tensor, or set one of them to -1"
         )
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices > 1:  # between slices the network is slow: only `data` may cross it
+        if sizes[0] % slices:
+            raise UserError(
+                f"mesh.data = {sizes[0]}: the devices are {slices} slices, and only data may run across them; choose a "
+                f"multiple of {slices}"
+            )
+        devices = sorted(devices, key=lambda device: (device.slice_index, device.id))
     return Mesh(np.array(devices).reshape(sizes), AXES)
 
 

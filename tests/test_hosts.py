@@ -160,3 +160,19 @@ def test_launchers_are_known_by_their_environment(monkeypatch, environment, seve
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert cli._launched() == several
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:abc", ":9000", "localhost:99999"])
+def test_an_address_that_is_none_is_refused(address):
+    with pytest.raises(UserError, match="HOST:PORT"):
+        hosts.join(address, 2, 0)
+
+
+def test_a_port_in_use_and_a_coordinator_that_is_not_there_are_told(monkeypatch):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} of this host cannot be opened"):
+            hosts.join(f"localhost:{port}", 2, 0)
+    monkeypatch.setattr(hosts, "FIND_S", 0.0)
+    with pytest.raises(UserError, match=f"nobody answers at localhost:{port}"):
+        hosts.join(f"localhost:{port}", 2, 1)

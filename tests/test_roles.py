@@ -66,3 +66,8 @@ def test_weights_that_round_updates_away_are_told_and_a_frozen_base_rounds_none(
     assert not caplog.records
     open_roles(config.load(QUICKSTART, ["student.param_dtype=bfloat16"]))
     assert "student.param_dtype = bfloat16: a weight moves only where" in caplog.text
+
+
+def test_a_rank_beyond_the_models_width_is_refused():
+    with pytest.raises(UserError, match=r"student.lora.rank = 97 is not allowed: it exceeds the model's width of 96"):
+        open_roles(config.load(QUICKSTART, ["student.lora={rank: 97, alpha: 4}"]))

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -139,3 +140,21 @@ def test_one_mesh_size_may_be_left_open():
 def test_mesh_sizes_that_do_not_fit_the_devices_are_refused(config, message):
     with pytest.raises(UserError, match=message):
         make_mesh(config)
+
+
+@dataclass(frozen=True)
+class Chip:
+    platform: str
+    id: int
+    slice_index: int
+    process_index: int = 0
+    device_kind: str = "TPU"
+
+
+def test_between_slices_only_data_may_run():
+    """Four chips that claim to be two slices, handed over in mixed order."""
+    chips = [Chip("tpu", i, i % 2) for i in range(4)]
+    with pytest.raises(UserError, match=r"mesh.data = 1: the devices are 2 slices"):
+        make_mesh(MeshConfig(1, 4, 1), chips)
+    mesh = make_mesh(MeshConfig(2, -1, 1), chips)
+    assert [[chip.slice_index for chip in row] for row in mesh.devices[:, :, 0]] == [[0, 0], [1, 1]]

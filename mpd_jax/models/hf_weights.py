@@ -348,9 +348,9 @@ def drafted(out: Path, dtype: str) -> Iterator[Path | None]:
     writer = jax.process_index() == 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)) if writer else None
     except OSError as error:
         raise UserError(f"{out}: its directory cannot be made ({error.strerror}); choose another") from error
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)) if writer else None
     try:
         yield draft
         if draft is not None:

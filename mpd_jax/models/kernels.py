@@ -97,7 +97,8 @@ def cudnn(segments_BT: jax.Array, implementation: str = "cudnn") -> Read:
     """cuDNN's flash attention. It takes lengths and no segments: a row is one trajectory, padded on the right."""
 
     def local(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        length_B = jnp.sum(segments_BT != 0, axis=1, dtype=jnp.int32)
+        # A row that nothing fills reads one token of padding: of none there would be nothing to divide by.
+        length_B = jnp.maximum(jnp.sum(segments_BT != 0, axis=1, dtype=jnp.int32), 1)
         return jax.nn.dot_product_attention(
             q_BTNH,
             k_BTKH,

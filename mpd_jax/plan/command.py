@@ -21,6 +21,7 @@ from mpd_jax.data.chat import Chat, Contexts
 from mpd_jax.models.config import ModelConfig, ModelSpec
 from mpd_jax.models.hf_weights import load_config
 from mpd_jax.models.kernels import choose
+from mpd_jax.models.locate import HUB_ID
 from mpd_jax.models.lora import Adapted, StudentSpec
 from mpd_jax.plan import chips
 from mpd_jax.plan.chips import GiB, Topology
@@ -65,6 +66,8 @@ def opener(say: Callable[[str], None], platform: str) -> Callable[[str, ModelSpe
         if spec.path.startswith("tiny:") or Path(spec.path).expanduser().is_dir():
             return open_model(key, spec, contexts)
         shipped = known_shapes().get(name)
+        if not HUB_ID.fullmatch(name):
+            return open_model(key, spec, contexts)  # which says what is wrong
         found = try_to_load_from_cache(name, "config.json", revision=spec.revision or commit or None)
         if isinstance(found, str):
             config = load_config(Path(found).parent)
@@ -76,7 +79,7 @@ def opener(say: Callable[[str], None], platform: str) -> Callable[[str, ModelSpe
         size = Size(shipped["tokenizer"] if shipped else config.vocab_size)
         model = described(config, spec)
         adapted = Adapted(model, spec.lora) if isinstance(spec, StudentSpec) and spec.lora else None
-        adapter = Path(spec.adapter) if isinstance(spec, StudentSpec) and spec.adapter else None
+        adapter = Path(spec.adapter).expanduser() if isinstance(spec, StudentSpec) and spec.adapter else None
         return ModelFiles(
             key, Path(spec.path), model, cast(Chat, size), frozenset({0, 1}), spec.param_dtype, adapted, adapter
         )
