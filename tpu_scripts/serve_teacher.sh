@@ -53,7 +53,7 @@ done
 on_hosts 0 "mkdir -p $ON_HOST && chmod 700 $ON_HOST && touch $ON_HOST/secrets.env && chmod 600 $ON_HOST/secrets.env"
 [ -z "$SECRETS_FILE" ] || to_hosts 0 "$SECRETS_FILE" "$ON_HOST/secrets.env"
 container=(sudo docker run --detach --name teacher --restart unless-stopped --net=host "${device[@]}"
-  -v /var/cache/huggingface:/root/.cache/huggingface --env-file "$ON_HOST/secrets.env"
+  -v models:/models -e HF_HOME=/models --env-file "$ON_HOST/secrets.env"
   --env VLLM_HTTP_TIMEOUT_KEEP_ALIVE=60 --entrypoint vllm "$IMAGE")
 server=(serve "$MODEL" --revision "$REVISION" --served-model-name teacher --port "$PORT"
   --tensor-parallel-size "$CHIPS" --max-model-len "$MAX_MODEL_LEN" --max-logprobs "$MAX_LOGPROBS")

@@ -101,7 +101,7 @@ def _tpu_devices(topology: Topology, say: Callable[[str], None]) -> Sequence[Any
     bounds = (*small[:2], 1)
     try:
         return topologies.get_topology_desc(topology.name, "tpu", chips_per_host_bounds=bounds).devices
-    except Exception as error:
+    except Exception as error:  # libtpu's come as several types; what they say tells them apart
         message = str(error)
         if "lockfile" in message:
             remedy = "another process on this machine uses libtpu: wait for it to end"
