@@ -18,16 +18,16 @@ import jax
 from jax.sharding import Mesh
 
 from mpd_jax import __version__, hosts
+from mpd_jax.batches import batch_to_train_on
 from mpd_jax.config import RunConfig, flat, under
-from mpd_jax.data.batching import BatchReport, to_batch
 from mpd_jax.data.chat import Chat, Contexts
 from mpd_jax.data.problems import ProblemsConfig, ProblemSet, read, refuse_overlap
 from mpd_jax.eval.grade import GraderPool, grade
-from mpd_jax.models.kernels import takes_segments
 from mpd_jax.recipe import rewrite, target, write
 from mpd_jax.recipe.recipe import Recipe
-from mpd_jax.roles import ModelFiles, Roles, make_sampler, open_model, open_roles
-from mpd_jax.sampling.jax_sampler import JaxSampler
+from mpd_jax.roles import ModelFiles, Roles, open_model, open_roles
+from mpd_jax.samplers import Samplers, load_frozen, make_samplers
+from mpd_jax.sampling.sampler import Sampler
 from mpd_jax.sharding import MeshConfig, make_mesh, tree_shardings
 from mpd_jax.train.checkpoint import Checkpoints
 from mpd_jax.train.loop import Parts
@@ -79,7 +79,7 @@ class Run:
     mesh: Mesh
     student: ModelFiles
     heldout: tuple[Problem, ...]
-    student_sampler: JaxSampler
+    student_sampler: Sampler
     load_student: Callable[[Any, int], None]
     parts: Parts
     close: Callable[[], None]
@@ -152,9 +152,10 @@ def build(
         metrics, clock = Metrics(run_dir, state.step, live), Clock(phases)
         stack.callback(metrics.close)
         stack.callback(clock.close)
-        teacher_weights = roles.teacher.weights(mesh) if roles.teacher else None
+        teacher = roles.teacher_here(config.recipe)
+        teacher_weights = teacher.weights(mesh) if teacher else None
         samplers = make_samplers(config, roles, mesh, whole)
-        _load_frozen(samplers, roles, mesh, teacher_weights)
+        load_frozen(samplers, roles, mesh, teacher_weights)
         graders = stack.enter_context(GraderPool(config.recipe.rewrite.grader, workers=1))
         recipe = _recipe(config, roles, samplers, graders, state.memory, progress)
         target_files = roles.target(config.recipe)
@@ -166,7 +167,7 @@ def build(
             problems=ProblemSet(training, config.run.seed, config.train.batch_size),
             write=recipe.write,
             rewrite=recipe.rewrite,
-            to_batch=partial(_to_batch, config, mesh, student, target_files),
+            to_batch=partial(batch_to_train_on, config, mesh, student, target_files),
             update=_update(config, roles, mesh, base, whole),
             load_student=samplers.load_student if samplers.follows else lambda weights, version: None,
             checkpoints=checkpoints,
@@ -176,6 +177,7 @@ def build(
             teacher_weights=teacher_weights if target_files is roles.teacher else None,
             refresh=partial(target.refresh, config.recipe.target),
             profile_steps=config.train.profile_steps,
+            lookahead=config.sampling.lookahead,
             grade=partial(_share_right, chat=student.chat),
         )
         close = stack.pop_all().close
@@ -246,7 +248,8 @@ def _fingerprint(config: RunConfig) -> str:
         "sampling.slots",
         "sampling.prefill_chunk",
         "sampling.prefill_rows",
-        *(f"{model}.{how}" for model in ("student", "teacher", "rewriter") for how in ("remat", "attention")),
+        "sampling.lookahead",
+        *(f"{model}.{how}" for model in ("student", "teacher", "rewriter") for how in ("remat", "attention", "serve")),
         "train.micro_batches",
         "train.row_length",
         "train.save_every",
@@ -320,57 +323,6 @@ def restored_student(config: RunConfig, run_dir: Path) -> Restored:
 
 
 @dataclass(frozen=True)
-class Samplers:
-    """Samplers by role. The student's serves evaluation too. follows: a step samples from the student."""
-
-    student: JaxSampler
-    writer: JaxSampler | None
-    rewriter: JaxSampler | None
-    load_student: Callable[[Any, int], None]
-    follows: bool
-
-
-def make_samplers(config: RunConfig, roles: Roles, mesh: Mesh, whole: Callable[[Any], Any]) -> Samplers:
-    """Step 6. They hold no weights yet. `whole` makes the student's weights of what trains."""
-    sampling, recipe = config.sampling, config.recipe
-    prompt, written = sampling.prompt_tokens, sampling.writer.max_tokens
-    student = make_sampler(roles.student, config, mesh, prompt, max(written, config.eval.max_tokens))
-    writer = rewriter = None
-    if recipe.write.by == "student":
-        writer = student
-    elif recipe.write.by == "teacher":
-        assert roles.teacher is not None
-        writer = make_sampler(roles.teacher, config, mesh, prompt, written)
-    if roles.rewriter is not None:
-        # The rewriting prompt holds the problem, the whole draft and the instruction.
-        room = prompt + written + prompt
-        rewriter = make_sampler(roles.rewriter, config, mesh, room, sampling.rewriter.max_tokens)
-    rewrites = rewriter is not None and roles.rewriter is roles.student
-
-    def load_student(trained: Any, version: int) -> None:
-        student.load(whole(trained), version)
-        if rewriter is not None and rewrites:
-            rewriter.share(student)
-
-    return Samplers(student, writer, rewriter, load_student, writer is student or rewrites)
-
-
-def _load_frozen(samplers: Samplers, roles: Roles, mesh: Mesh, teacher_weights: Any) -> None:
-    """Weights that never change are loaded once."""
-    writer, rewriter = samplers.writer, samplers.rewriter
-    if writer is samplers.student:
-        writer = None
-    if writer is not None:
-        writer.load(teacher_weights, 0)
-    if rewriter is None or roles.rewriter is None or roles.rewriter is roles.student:
-        return
-    if writer is not None and roles.rewriter is roles.teacher:
-        rewriter.share(writer)
-    else:
-        rewriter.load(teacher_weights if roles.rewriter is roles.teacher else roles.rewriter.weights(mesh), 0)
-
-
-@dataclass(frozen=True)
 class RecipeParts:
     write: Callable[[Sequence[Problem], int], list[Trajectory]]
     rewrite: Callable[[Sequence[Problem], Sequence[Trajectory], int], list[Trajectory]]
@@ -429,45 +381,6 @@ def _recipe(
             return rewriter(problems, written, step, rollbacks=rollbacks, progress=stopping(advance))
 
     return RecipeParts(write_step, rewrite_step)
-
-
-def _to_batch(
-    config: RunConfig,
-    mesh: Mesh,
-    student: ModelFiles,
-    target_files: ModelFiles | None,
-    problems: Sequence[Problem],
-    trajectories: Sequence[Trajectory],
-) -> Batch | None:
-    """The kept trajectories, packed if all who read can; the target reads under its own context."""
-    prompts = None
-    if target_files is not None:
-        prompts = {p.id: target_files.chat.prompt(config.recipe.target.context, p) for p in problems}
-    batch, report = batch_of(config, mesh, student, target_files, problems, trajectories, prompts)
-    return batch if report.trajectories else None
-
-
-def batch_of(
-    config: RunConfig,
-    mesh: Mesh,
-    student: ModelFiles,
-    target_files: ModelFiles | None,
-    problems: Sequence[Problem],
-    trajectories: Sequence[Trajectory],
-    prompts: dict[str, tuple[int, ...]] | None,
-) -> tuple[Batch, BatchReport]:
-    """The arrays of these trajectories as this run packs them; `prompts`: what the target reads before each problem."""
-    return to_batch(
-        problems,
-        trajectories,
-        target_prompts=prompts,
-        reduction=config.recipe.loss.reduction,
-        max_length=config.train.max_length,
-        eos_ids=student.eos_ids,
-        row_length=config.train.row_length,
-        multiple=mesh.shape["data"] * mesh.shape["fsdp"] * config.train.micro_batches,
-        alone=not all(takes_segments(files.model.on(mesh).attention) for files in (student, target_files) if files),
-    )
 
 
 def _share_right(problems: Sequence[Problem], trajectories: Sequence[Trajectory], chat: Chat) -> float | None:

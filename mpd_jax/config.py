@@ -5,6 +5,7 @@ Every section is declared beside the code that reads it. Unknown keys are errors
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ class RunSection:
 class SamplingSection:
     """Sampling per role, and the shape of the JAX sampler that serves them.
 
+    lookahead: 1 lets the next step's rollouts and rewriting run while this step trains, by weights that are one update
+    old; 0 is strictly on-policy. Whoever writes or rewrites must then be served elsewhere (`serve`).
     slots: responses decoded side by side. prompt_tokens: longest prompt of a problem, in tokens; longer ones are
     refused. prefill_chunk, prefill_rows: the one compiled shape in which prompts enter the cache.
     """
@@ -59,11 +62,14 @@ class SamplingSection:
     prompt_tokens: int = 512
     prefill_chunk: int = 128
     prefill_rows: int = 4
+    lookahead: int = 0
 
     def __post_init__(self) -> None:
         for name in ("slots", "prompt_tokens", "prefill_chunk", "prefill_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)} is not allowed; it must be 1 or more")
+        if self.lookahead not in (0, 1):
+            raise UserError(f"lookahead = {self.lookahead} is not allowed; it must be 0 or 1")
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,7 @@ def resolve(tree: dict, overrides: typing.Sequence[str] = ()) -> RunConfig:
         raise UserError("\n".join(_explain(e) for e in error.errors())) from None
     validate(config.recipe)
     _check_roles(config)
+    _check_serving(config)
     every, saved = config.eval.every, config.train.save_every
     if config.train.keep_best and (every == 0 or every % saved):
         raise UserError(
@@ -217,6 +224,35 @@ def _check_roles(config: RunConfig) -> None:
             f"rewriter: a model nobody uses, for recipe.rewrite is how={recipe.rewrite.how} by={recipe.rewrite.by}; "
             "remove the section, or set how=compress and by=teacher"
         )
+
+
+def _check_serving(config: RunConfig) -> None:
+    """Addresses are such, and a look-ahead samples nothing on the devices that train."""
+    recipe, sections = (
+        config.recipe,
+        {"student": config.student, "teacher": config.teacher, "rewriter": config.rewriter},
+    )
+    for name, section in sections.items():
+        if section is None or section.serve == "jax":
+            continue
+        wrong = [url for url in section.servers if not re.fullmatch(r"https?://[^\s/@]+(/[^\s@]*)?", url)]
+        if wrong or not section.servers or len(set(section.servers)) < len(section.servers):
+            raise UserError(
+                f"{name}.serve: {section.serve!r} is not allowed; give jax, the address of a vLLM server such as "
+                "http://host:8000, or a list of different ones (a key stands in the environment, not in the address)"
+            )
+    if not config.sampling.lookahead:
+        return
+    by = [recipe.write.by] if recipe.write.by != "dataset" else []
+    if recipe.rewrite.how == "compress":
+        by.append("rewriter" if config.rewriter and recipe.rewrite.by == "teacher" else recipe.rewrite.by)
+    for name in by:
+        section = sections[name]
+        if section is not None and section.serve == "jax":
+            raise UserError(
+                f"sampling.lookahead: 1 needs {name}.serve to be the address of a server, for {name} would sample on "
+                "the devices that train meanwhile; set it, or sampling.lookahead=0"
+            )
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -35,6 +35,7 @@ class ModelFiles:
     """A model's directory and what is read from it without its weights.
 
     adapted: what trains, if that is an adapter. adapter: the directory that it starts from, if it is not a new one.
+    serve: addresses of the servers that hold the model; none: it answers on the mesh.
     """
 
     key: str
@@ -45,6 +46,7 @@ class ModelFiles:
     param_dtype: str
     adapted: Adapted | None = None
     adapter: Path | None = None
+    serve: tuple[str, ...] = ()
 
     @property
     def trains(self) -> Model | Adapted:
@@ -91,14 +93,15 @@ def open_model(key: str, spec: ModelSpec, contexts: Contexts) -> ModelFiles:
             f"{model.config.vocab_size}; the directory mixes two models' files"
         )
     if not isinstance(spec, StudentSpec) or spec.lora is None:
-        return ModelFiles(key, directory, model, chat, stops, spec.param_dtype)
+        return ModelFiles(key, directory, model, chat, stops, spec.param_dtype, serve=spec.servers)
     if spec.lora.rank > model.config.hidden_size:
         raise UserError(
             f"{key}.lora.rank = {spec.lora.rank} is not allowed: it exceeds the model's width of "
             f"{model.config.hidden_size}, and so the rank of any update; lower it"
         )
     adapter = Path(spec.adapter).expanduser() if spec.adapter else None
-    return ModelFiles(key, directory, model, chat, stops, spec.param_dtype, Adapted(model, spec.lora), adapter)
+    adapted = Adapted(model, spec.lora)
+    return ModelFiles(key, directory, model, chat, stops, spec.param_dtype, adapted, adapter, spec.servers)
 
 
 def described(config: ModelConfig, spec: ModelSpec) -> Model:
@@ -119,6 +122,11 @@ class Roles:
         if recipe.target.weights == "none":
             return None
         return self.teacher if recipe.target.weights == "teacher" else self.student
+
+    def teacher_here(self, recipe: Recipe) -> ModelFiles | None:
+        """The teacher, if its weights are needed on the mesh: to be read as the target, or to answer unserved."""
+        read = recipe.target.weights == "teacher"
+        return self.teacher if self.teacher and (read or not self.teacher.serve) else None
 
 
 def assign_roles(config: RunConfig, open_model: Callable[[str, ModelSpec, Contexts], ModelFiles]) -> Roles:

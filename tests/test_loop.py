@@ -137,7 +137,7 @@ def run(run_dir, kill=None, steps=STEPS, **changed):
 
 def rows_without_times(run_dir):
     rows = read_rows(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.endswith(("_seconds", "_share"))} for row in rows]
+    return [{k: v for k, v in row.items() if not k.endswith(("_seconds", "_share", "_per_second"))} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,9 @@ def test_rows_tell_lengths_verdicts_entropies_and_wall_shares(straight, tmp_path
     assert row["verdicts"] == {"kept": 4} and row["rollout_accuracy"] == 0.5
     assert row["student_entropy"] > 0 and row["target_entropy"] > 0
     assert row["divergence_by_position"][0]["tokens"] > 0
-    assert abs(row["write_share"] + row["rewrite_share"] + row["train_share"] - 1) < 1e-5
+    shares = [row[f"{phase}_share"] for phase in ("load", "write", "rewrite", "train")]
+    assert abs(sum(shares) - 1) < 1e-5
+    assert row["write_tokens_per_second"] == pytest.approx(4 * row["written_tokens"] / row["write_seconds"], rel=1e-3)
 
 
 def test_trajectories_that_no_batch_had_room_for_are_counted(tmp_path):
@@ -318,9 +320,9 @@ def test_a_disk_that_fills_up_is_told_and_the_run_goes_on_from_what_was_saved(st
 
 def test_phases_are_logged_in_order_and_a_save_is_open_until_it_is_told_written(straight):
     lines = [line.split()[:2] for line in (straight[2].parts.run_dir / "phase.log").read_text().splitlines()]
-    assert [line for line in lines if line[1] != "saved"][:8] == [
-        [str(step), phase] for step in (0, 1) for phase in ("write", "rewrite", "update")
-    ] + [["1", "save"], ["2", "write"]]
+    assert [line for line in lines if line[1] != "saved"][:10] == [
+        [str(step), phase] for step in (0, 1) for phase in ("load", "write", "rewrite", "update")
+    ] + [["1", "save"], ["2", "load"]]
     for step in ("1", "3", "5"):
         assert lines.index([step, "save"]) < lines.index([step, "saved"])
 

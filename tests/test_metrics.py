@@ -6,7 +6,7 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from mpd_jax.train.metrics import Clock, Metrics, PhaseLog, device_row, read_rows, summarise
+from mpd_jax.train.metrics import Clock, Metrics, PhaseLog, Seconds, device_row, read_rows, summarise
 from mpd_jax.types import Trajectory, UserError
 
 
@@ -64,10 +64,10 @@ def test_a_row_is_written_one_step_behind(tmp_path):
     seen = []
     metrics = Metrics(tmp_path, 0, live=seen.append)
     for step in range(3):
-        metrics.add(step, out(loss=float(step)), {}, dict)
+        metrics.add(step, out(loss=float(step)), {}, lambda: Seconds({}, {}))
         metrics.settle(behind=1)
         assert [row["step"] for row in read_rows(metrics.path)] == list(range(step))
-    metrics.add(3, None, {"dropped": 4}, dict)
+    metrics.add(3, None, {"dropped": 4}, lambda: Seconds({}, {}))
     metrics.settle()
     metrics.close()
     rows = read_rows(metrics.path)
@@ -78,7 +78,7 @@ def test_a_row_is_written_one_step_behind(tmp_path):
 def test_rows_of_steps_that_are_done_again_are_cut_off(tmp_path):
     metrics = Metrics(tmp_path, 0)
     for step in range(4):
-        metrics.add(step, out(), {}, dict)
+        metrics.add(step, out(), {}, lambda: Seconds({}, {}))
     metrics.settle()
     metrics.close()
     with metrics.path.open("a") as file:
@@ -110,7 +110,7 @@ def test_time_spent_waiting_for_an_update_is_charged_to_the_update():
     clock.begin(1, "update")
     time.sleep(0.01)
     second = clock.take()
-    first, second = first(), second()
+    first, second = first().own, second().own
     assert 0.15 < first["update"] < 0.4
     assert 0.04 < second["write"] < 0.15
     assert clock.totals == {name: first.get(name, 0.0) + second[name] for name in ("write", "update")}

@@ -13,6 +13,8 @@ PROBLEMS = (Problem("p1", "What is 7+8?", "15"), Problem("p2", "What is 1+1?", "
 class StubSampler:
     """Answers with given texts, in turn, and keeps what it was asked."""
 
+    version = 3
+
     def __init__(self, chat, *texts: str, ended: str = "stopped"):
         self.chat, self.texts, self.ended, self.requests = chat, texts, ended, []
 
@@ -39,7 +41,7 @@ def writer(chat, sampler, role="student", student=None, attempts=2, seed=0) -> M
 
 def test_a_written_trajectory_tells_its_origin(chat):
     sampler = StubSampler(chat, TEXT)
-    written = writer(chat, sampler)(PROBLEMS, 3)
+    written = writer(chat, sampler)(PROBLEMS, 5)
     assert [(t.problem_id, t.attempt) for t in written] == [("p1", 0), ("p1", 1), ("p2", 0), ("p2", 1)]
     t = written[0]
     assert (t.writer, t.version, t.ended, t.verdict, t.dropped) == ("student", 3, "stopped", "written", False)

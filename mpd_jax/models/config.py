@@ -21,6 +21,8 @@ class ModelSpec:
     attention:   the kernel of training and scoring: splash (TPU), cudnn (GPU, bfloat16), reference (anywhere, costly in
                  long rows), or auto, which takes the one of the mesh's devices; see kernels.choose.
     thinking:    the template's enable_thinking.
+    serve:       who answers with this model: jax, a sampler on the mesh; or the address of a vLLM server that holds it,
+                 http://host:8000, or several such addresses in a list. See sampling.server and sampling.push.
     """
 
     path: str
@@ -30,6 +32,14 @@ class ModelSpec:
     remat: Literal["none", "full", "dots"] = "none"
     attention: Literal["auto", "reference", "splash", "cudnn"] = "auto"
     thinking: bool = True
+    serve: str | tuple[str, ...] = "jax"
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """The addresses in `serve`; none where the model answers on the mesh."""
+        if self.serve == "jax":
+            return ()
+        return (self.serve,) if isinstance(self.serve, str) else self.serve
 
 
 @dataclass(frozen=True)

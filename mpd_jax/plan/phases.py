@@ -12,18 +12,21 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mpd_jax import build
+from mpd_jax.batches import batch_of
 from mpd_jax.config import RunConfig
 from mpd_jax.models.decoder import Model
 from mpd_jax.plan import flops
 from mpd_jax.plan.chips import local_bytes, shards
 from mpd_jax.plan.flops import Flops
 from mpd_jax.roles import ModelFiles, Roles
+from mpd_jax.samplers import Samplers, make_samplers
 from mpd_jax.sampling.jax_sampler import JaxSampler, Settings, _decode, _prefill
 from mpd_jax.sharding import batch_sharding
 from mpd_jax.train.state import RunState, Trained
 from mpd_jax.types import Batch, Problem, Trajectory
 
 Parts = dict[str, Any]  # name -> tree of abstract arrays
+ELSEWHERE: Any = object()  # in a sampler's place: the model answers from servers, and costs the mesh nothing
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,16 @@ class Live:
     decode: dict[str, Any]  # decode copies by role
 
 
-def live(config: RunConfig, roles: Roles, mesh: Mesh, samplers: build.Samplers) -> Live:
-    state = build.abstract_state(config, roles.student, mesh)
-    teacher = build.abstract_weights(roles.teacher, mesh) if roles.teacher else None
+def live(config: RunConfig, roles: Roles, mesh: Mesh, samplers: Samplers) -> Live:
+    recipe, state = config.recipe, build.abstract_state(config, roles.student, mesh)
+    here = roles.teacher_here(recipe)
+    teacher = build.abstract_weights(here, mesh) if here else None
     base = build.abstract_weights(roles.student, mesh) if roles.student.adapted else None
-    decode = {"student": decode_copy(samplers.student, _whole(base, state.weights))}
+    decode = {}
+    if isinstance(samplers.student, JaxSampler):
+        decode["student"] = decode_copy(samplers.student, _whole(base, state.weights))
     for name, sampler in (("writer", samplers.writer), ("rewriter", samplers.rewriter)):
-        if sampler is None or sampler is samplers.student:
+        if not isinstance(sampler, JaxSampler) or sampler is samplers.student:
             continue
         files = roles.teacher if name == "writer" else roles.rewriter
         assert files is not None
@@ -89,9 +95,10 @@ def live(config: RunConfig, roles: Roles, mesh: Mesh, samplers: build.Samplers) 
         parts["self copy"] = state.self_weights
     if teacher is not None:
         parts["teacher"] = teacher
-    parts["decode copies"] = copies
-    target = _whole(base, state.self_weights) if config.recipe.target.is_self else teacher
-    return Live(state, base, target if roles.target(config.recipe) else None, parts, decode)
+    if copies:
+        parts["decode copies"] = copies
+    target = _whole(base, state.self_weights) if recipe.target.is_self else teacher
+    return Live(state, base, target if roles.target(recipe) else None, parts, decode)
 
 
 def _whole(base: Any, trained: Any) -> Any:
@@ -106,31 +113,32 @@ def phases(config: RunConfig, roles: Roles, mesh: Mesh, *, elsewhere: bool = Fal
 
     elsewhere: the mesh's devices stand for others, whose slots no CPU's cache limits.
     """
-    samplers = build.make_samplers(config, roles, mesh, lambda trained: trained)
+    samplers = make_samplers(config, roles, mesh, lambda trained: trained, lambda *_: ELSEWHERE)
     if elsewhere:
         for sampler in (samplers.student, samplers.writer, samplers.rewriter):
-            if sampler is not None:
+            if isinstance(sampler, JaxSampler):
                 sampler.slots = config.sampling.slots
     held = live(config, roles, mesh, samplers)
     rows = config.train.batch_size * config.recipe.write.attempts
     sampling, prompt = config.sampling, config.sampling.prompt_tokens
     found = []
-    if samplers.writer is not None:
+    if isinstance(samplers.writer, JaxSampler):
         role = "student" if samplers.writer is samplers.student else "writer"
         job = _Job(samplers.writer, role, rows, prompt, sampling.writer.max_tokens, sampling.writer)
         found += _sampled("rollout", job, held, mesh)
-    if samplers.writer is not samplers.student:
+    if samplers.writer is not samplers.student and isinstance(samplers.student, JaxSampler):
         asked = config.eval.problems * config.eval.attempts
         job = _Job(samplers.student, "student", asked, prompt, config.eval.max_tokens, config.sampling.writer)
         found += _sampled("evaluation", job, held, mesh)
-    if samplers.rewriter is not None:
+    if isinstance(samplers.rewriter, JaxSampler):
         room = prompt + sampling.writer.max_tokens + prompt
         job = _Job(samplers.rewriter, "rewriter", rows, room, sampling.rewriter.max_tokens, sampling.rewriter)
         found += _sampled("rewrite", job, held, mesh)
     update = build.update_of(config, roles, mesh)
     for name, response in trained_lengths(config):
         found.append(_train(name, config, roles, mesh, held, update, response))
-    found.append(_hand_over(samplers.student, held, mesh))
+    if isinstance(samplers.student, JaxSampler):
+        found.append(_hand_over(samplers.student, held, mesh))
     resumed = {k: v for k, v in held.parts.items() if k in ("weights", "optimiser", "self copy")}
     note = "a checkpoint is restored in place, before teacher and samplers"
     return [*found, Phase("resume", "resume", resumed, notes=(note,))]
@@ -159,7 +167,7 @@ def longest_batch(config: RunConfig, roles: Roles, mesh: Mesh, response: int) ->
     written = [Trajectory(p.id, 0, prompt, (1,) * response, "student", 0, ended) for p in problems]
     target = roles.target(config.recipe)
     prompts = {p.id: prompt for p in problems} if target else None
-    batch, report = build.batch_of(config, mesh, roles.student, target, problems, written, prompts)
+    batch, report = batch_of(config, mesh, roles.student, target, problems, written, prompts)
     assert report.trajectories == rows, f"{report.trajectories} of {rows} responses of {response} tokens have a place"
     place = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), batch)

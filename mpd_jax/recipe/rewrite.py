@@ -158,7 +158,7 @@ class ModelRewriter:
                 settled[at] = self.judge.settle(replace(original, verdict=verdict, original=original))
         responses = self.sampler.sample(list(requests.values()), self.sampling, progress) if requests else []
         for at, response in zip(requests, responses, strict=True):
-            settled[at] = self.judge.settle(self._judged(by_id, written[at], response, step))
+            settled[at] = self.judge.settle(self._judged(by_id, written[at], response))
         return [settled[at] for at in range(len(written))]
 
     def _prompt(self, by_id: Mapping[str, Problem], original: Trajectory) -> tuple[tuple[int, ...], str | None]:
@@ -170,7 +170,7 @@ class ModelRewriter:
         fits = len(prompt) + self.sampling.max_tokens <= self.window
         return prompt, None if fits else TOO_LONG
 
-    def _judged(self, by_id: Mapping[str, Problem], original: Trajectory, response: Response, step: int) -> Trajectory:
+    def _judged(self, by_id: Mapping[str, Problem], original: Trajectory, response: Response) -> Trajectory:
         """The rewrite with its verdict. One that is not well-formed keeps the ids as sampled, for the records."""
         ids, ended, student = tuple(response.ids), response.ended, self.judge.chat
         if ended == "cut" or self.chat.own_thinking_is_open(ids):
@@ -190,7 +190,7 @@ class ModelRewriter:
             prompt=original.prompt,
             response=ids,
             writer=self.role,
-            version=step if self.role == "student" else 0,
+            version=self.sampler.version if self.role == "student" else 0,
             ended=ended,
             verdict=verdict,
             original=original,

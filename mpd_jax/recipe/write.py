@@ -26,8 +26,8 @@ class WriteConfig:
 class ModelWriter:
     """Student or teacher samples a response to the plain prompt.
 
-    chat is the writer's own, chat_student the student's. version: the student's weights after `step` updates, 0 for
-    the teacher's.
+    chat is the writer's own, chat_student the student's. A trajectory's version is that of the student's weights that
+    sampled it, 0 for the teacher's.
     """
 
     role: Literal["student", "teacher"]
@@ -53,11 +53,11 @@ class ModelWriter:
         responses = self.sampler.sample(requests, self.sampling, progress)
         same_ids = self.chat.vocab_fingerprint() == self.chat_student.vocab_fingerprint()
         return [
-            self._trajectory(problem, attempt, response, step, same_ids)
+            self._trajectory(problem, attempt, response, same_ids)
             for (problem, attempt), response in zip(asked, responses, strict=True)
         ]
 
-    def _trajectory(self, problem: Problem, attempt: int, response: Response, step: int, same_ids: bool) -> Trajectory:
+    def _trajectory(self, problem: Problem, attempt: int, response: Response, same_ids: bool) -> Trajectory:
         ids, ended, logprobs = tuple(response.ids), response.ended, tuple(response.logprobs)
         if not same_ids:
             (ids, ended), logprobs = respelt(self.chat, self.chat_student, ids, ended), ()
@@ -69,7 +69,7 @@ class ModelWriter:
             prompt=self.chat_student.prompt("plain", problem),
             response=ids,
             writer=self.role,
-            version=step if self.role == "student" else 0,
+            version=self.sampler.version if self.role == "student" else 0,
             ended=ended,
             logprobs=logprobs,
         )

@@ -59,7 +59,13 @@ class Response:
 
 
 class Sampler(Protocol):
-    """A model that answers. `load` hands over weights (once a step at most), `sample` uses the last ones loaded."""
+    """A model that answers. `load` hands over weights (once a step at most), `sample` uses the last ones loaded.
+
+    version: the number they were loaded with, -1 before. max_length: of prompt and response together, in tokens.
+    """
+
+    version: int
+    max_length: int
 
     def load(self, weights: Any, version: int) -> None: ...
 

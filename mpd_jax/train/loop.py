@@ -7,6 +7,7 @@ started again repeats the same steps with the same trajectories.
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from mpd_jax import hosts
 from mpd_jax.files import write_atomically
+from mpd_jax.train.ahead import Ahead
 from mpd_jax.train.checkpoint import Checkpoints
 from mpd_jax.train.metrics import Clock, Metrics, Row, summarise
 from mpd_jax.train.records import Records
@@ -43,6 +45,7 @@ class Parts:
     evaluate:       (state) -> its figures by name, after every `eval_every` updates (0: never) but the last, which the
                     caller measures; the student's sampler has been loaded.
     profile_steps:  first and last step of the trace under run_dir/profile.
+    lookahead:      1: the next step's trajectories are made in a thread while this step trains, by weights one older.
     grade:          share of the written trajectories that are right, if that can be told cheaply.
     """
 
@@ -65,6 +68,7 @@ class Parts:
     evaluate: Callable[[RunState], dict[str, float] | None] | None = None
     grade: Callable[[Sequence[Problem], Sequence[Trajectory]], float | None] | None = None
     profile_steps: tuple[int, int] | None = None
+    lookahead: int = 0
 
 
 def train(parts: Parts, state: RunState) -> RunState:
@@ -80,6 +84,7 @@ def train(parts: Parts, state: RunState) -> RunState:
             run.profile(step)
             problems = parts.problems.at(step)
             trajectories = run.trajectories(state, problems)
+            run.look_ahead(state)
             batch = run.batch(step, problems, trajectories)
             state, out = run.update(state, problems, batch)
             state = run.refresh(state)
@@ -90,6 +95,7 @@ def train(parts: Parts, state: RunState) -> RunState:
                 run.save(state)
         run.settle(behind=0)
     except hosts.Stopped:
+        run.rest()
         run.save(state)
         raise
     finally:
@@ -109,6 +115,7 @@ class _Run:
         self.figures: tuple[int, dict[str, float] | None] = (start, None)  # of the evaluation after that step
         self.held: dict[int, tuple[Sequence[Problem], Batch]] = {}
         self.profiling = False
+        self.ahead: Ahead | None = None
 
     def profile(self, step: int | None) -> None:
         """Starts the trace at its first step and ends it after its last, or when there are no more steps (None)."""
@@ -123,21 +130,55 @@ class _Run:
         self.profiling = wanted
 
     def trajectories(self, state: RunState, problems: Sequence[Problem]) -> Sequence[Trajectory]:
-        """From disk if a run that was killed had come that far, else sampled; on disk before anyone uses them."""
+        """Those of the look-ahead, or from disk if a run that was killed had come that far, else made now."""
         parts, step = self.parts, state.step
-        final = parts.records.load(step, problems)
+        if self.ahead is not None:
+            parts.clock.begin(step, "wait")
+            ahead, self.ahead = self.ahead, None
+            made = ahead.result()
+            parts.clock.add(ahead.seconds)
+            return made
+        final = self.stored(step, problems, "final")
         if final is not None:
             return final
-        parts.clock.begin(step, "write")
+        parts.clock.begin(step, "load")
         self.load(state)
-        written = parts.records.load(step, problems, stage="written")
+        return self.made(step, problems, parts.clock.begin)
+
+    def look_ahead(self, state: RunState) -> None:
+        """Begins the next step's trajectories, by the weights that this step starts from."""
+        parts, step = self.parts, state.step + 1
+        if not parts.lookahead or step >= parts.steps:
+            return
+        problems = parts.problems.at(step)
+        if self.stored(step, problems, "final") is None:
+            parts.clock.begin(state.step, "load")
+            self.load(state)
+            self.ahead = Ahead(partial(self.made, step, problems), parts.clock.note)
+
+    def rest(self) -> None:
+        """Until nothing samples any more; what was being made is made again."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None:
+            ahead.wait()
+
+    def made(self, step: int, problems: Sequence[Problem], begin: Callable[[int, str], None]) -> Sequence[Trajectory]:
+        """A step's trajectories; they are on disk before anyone uses them."""
+        parts = self.parts
+        begin(step, "write")
+        written = self.stored(step, problems, "written")
         if written is None:
             written = parts.write(problems, step)
             parts.records.save(step, written, stage="written")
-        parts.clock.begin(step, "rewrite")
+        begin(step, "rewrite")
         final = parts.rewrite(problems, written, step)
         parts.records.save(step, final)
         return final
+
+    def stored(self, step: int, problems: Sequence[Problem], stage: str) -> Sequence[Trajectory] | None:
+        """From disk, unless weights older than the look-ahead allows wrote them."""
+        found = self.parts.records.load(step, problems, stage=stage)
+        return None if found is not None and staleness(step, found) > self.parts.lookahead else found
 
     def batch(self, step: int, problems: Sequence[Problem], trajectories: Sequence[Trajectory]) -> Batch | None:
         self.parts.clock.begin(step, "update")
@@ -177,6 +218,7 @@ class _Run:
         """Host work while the device updates; then the figures of the step before, which are ready by now."""
         row = summarise(trajectories)
         row |= rows_of(batch)
+        row["staleness"] = staleness(step, trajectories)
         row["too_long"] = row["trajectories"] - row["dropped"] - row["trained"]
         if self.parts.grade is not None:
             row["rollout_accuracy"] = self.parts.grade(problems, [t.original or t for t in trajectories])
@@ -205,6 +247,8 @@ class _Run:
     def evaluate(self, state: RunState) -> None:
         assert self.parts.evaluate is not None, "eval_every without evaluate"
         self.settle(behind=0)
+        if self.ahead is not None:
+            self.ahead.wait()  # the same sampler answers with other weights from here on
         self.parts.clock.begin(state.step - 1, "evaluate")
         self.load(state)
         self.figures = (state.step, self.parts.evaluate(state))
@@ -220,6 +264,12 @@ class _Run:
         self.parts.checkpoints.save(state, figures if measured == state.step else None)
         self.saved = state.step
         self.parts.clock.take()()
+
+
+def staleness(step: int, trajectories: Sequence[Trajectory]) -> int:
+    """By how many updates the oldest weights that the student wrote or rewrote with lie behind the step's."""
+    voices = [voice for t in trajectories for voice in (t, t.original) if voice is not None]
+    return max((step - voice.version for voice in voices if voice.writer == "student"), default=0)
 
 
 def rows_of(batch: Batch | None) -> Row:

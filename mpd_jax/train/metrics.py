@@ -8,11 +8,11 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,6 +39,13 @@ class PhaseLog:
         self._lines.close()
 
 
+class Seconds(NamedTuple):
+    """Of a step by phase: the loop's own, which make its wall time, and those that ran beside it."""
+
+    own: dict[str, float]
+    beside: dict[str, float]
+
+
 class Clock:
     """Wall seconds of a step's phases, and in `totals` of the whole process.
 
@@ -53,6 +60,7 @@ class Clock:
         self._phase: tuple[str, float] | None = None
         self._spans: dict[str, tuple[float, float | Future]] = {}
         self._busy_until: float | Future = 0.0
+        self._beside: Counter[str] = Counter()
 
     def begin(self, step: int, phase: str) -> None:
         self.end()
@@ -65,6 +73,14 @@ class Clock:
             self._spans[name] = (start, time.perf_counter())
             self._phase = None
 
+    def note(self, step: int, phase: str) -> None:
+        """A phase that runs beside the loop's own began; its seconds come through `add`."""
+        self._log(step, phase)
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Seconds of phases that ran beside the loop's own; they are no part of its wall time."""
+        self._beside.update(seconds)
+
     def watch(self, out: Out) -> None:
         """The running phase ends when `out` is ready on the device."""
         assert self._phase is not None, "watch outside a phase"
@@ -72,19 +88,20 @@ class Clock:
         self._spans[name] = (start, self._watcher.submit(_ready_at, out))
         self._phase = None
 
-    def take(self) -> Callable[[], dict[str, float]]:
+    def take(self) -> Callable[[], Seconds]:
         """The spans since the last call, as seconds by phase once the update is through."""
         self.end()
-        spans, busy = self._spans, self._busy_until
-        self._spans = {}
+        spans, busy, beside = self._spans, self._busy_until, self._beside
+        self._spans, self._beside = {}, Counter()
         self._busy_until = next((end for _, end in spans.values() if isinstance(end, Future)), 0.0)
 
-        def seconds() -> dict[str, float]:
+        def seconds() -> Seconds:
             free = busy.result() if isinstance(busy, Future) else busy
             ends = {name: end.result() if isinstance(end, Future) else end for name, (_, end) in spans.items()}
             by_phase = {name: max(0.0, ends[name] - max(start, free)) for name, (start, _) in spans.items()}
             self.totals.update(by_phase)
-            return by_phase
+            self.totals.update(beside)
+            return Seconds(by_phase, dict(beside))
 
         return seconds
 
@@ -110,6 +127,8 @@ def summarise(trajectories: Sequence[Trajectory]) -> Row:
         "ended": dict(sorted(Counter(t.ended for t in originals).items())),
         "written_tokens": _mean(before),
         "response_tokens": _mean(after),
+        "written_total": sum(before),
+        "rewritten_total": sum(len(t.response) for t in trajectories if t.original is not None),
         "compression_ratio": sum(after) / before_kept if before_kept else None,
     }
 
@@ -141,17 +160,38 @@ def _number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def spent(row: Row, seconds: Seconds) -> Row:
+    """Seconds of each phase, their share of the step's wall time, and the tokens that each got through in a second.
+
+    With a look-ahead writing and rewriting run beside the step, and the shares come to more than one.
+    """
+    own, beside = seconds
+    by_phase = {**dict.fromkeys(("write", "rewrite", "update"), 0.0), **own, **beside}
+    by_phase["train"] = by_phase.pop("update")
+    wall = sum(own.values())
+    made = {"write": row.get("written_total"), "rewrite": row.get("rewritten_total"), "train": row.get("tokens")}
+    return {
+        **{f"{name}_seconds": round(value, 6) for name, value in by_phase.items()},
+        **{f"{name}_share": round(value / wall, 6) if wall else 0.0 for name, value in by_phase.items()},
+        **{
+            f"{name}_tokens_per_second": round(tokens / by_phase[name], 3)
+            for name, tokens in made.items()
+            if tokens and by_phase[name]
+        },
+    }
+
+
 class Metrics:
     """metrics.jsonl. Rows of steps that are about to be redone are cut off when it is opened."""
 
     def __init__(self, run_dir: Path, start_step: int, live: Callable[[Row], None] | None = None):
         self.path = Path(run_dir) / "metrics.jsonl"
         self._live = live
-        self._pending: list[tuple[Row, Out | None, Callable[[], dict[str, float]]]] = []
+        self._pending: list[tuple[Row, Out | None, Callable[[], Seconds]]] = []
         hosts.from_main(lambda: self._truncate(start_step))
         self._lines = files.Lines(self.path)
 
-    def add(self, step: int, out: Out | None, host: Row, seconds: Callable[[], dict[str, float]]) -> None:
+    def add(self, step: int, out: Out | None, host: Row, seconds: Callable[[], Seconds]) -> None:
         """`out` None is a step without an update (nothing to learn from was left)."""
         self._pending.append(({"step": step, **host}, out, seconds))
 
@@ -161,11 +201,7 @@ class Metrics:
         while len(self._pending) > behind:
             row, out, seconds = self._pending.pop(0)
             row |= device_row(out) if out is not None else {"loss": None, "finite": True, "skipped": True}
-            by_phase = {**dict.fromkeys(("write", "rewrite", "update"), 0.0), **seconds()}
-            by_phase["train"] = by_phase.pop("update")
-            total = sum(by_phase.values())
-            row |= {f"{name}_seconds": round(value, 6) for name, value in by_phase.items()}
-            row |= {f"{name}_share": round(value / total, 6) if total else 0.0 for name, value in by_phase.items()}
+            row |= spent(row, seconds())
             self._lines.add(json.dumps(row))
             if self._live is not None:
                 self._live(row)

@@ -1,0 +1,53 @@
+"""A step's trajectories as the arrays that this run trains on: the config, the models and the mesh decide their shapes.
+
+The alignment itself is data/batching.py's.
+"""
+
+from collections.abc import Sequence
+
+from jax.sharding import Mesh
+
+from mpd_jax.config import RunConfig
+from mpd_jax.data.batching import BatchReport, to_batch
+from mpd_jax.models.kernels import takes_segments
+from mpd_jax.roles import ModelFiles
+from mpd_jax.types import Batch, Problem, Trajectory
+
+
+def batch_to_train_on(
+    config: RunConfig,
+    mesh: Mesh,
+    student: ModelFiles,
+    target_files: ModelFiles | None,
+    problems: Sequence[Problem],
+    trajectories: Sequence[Trajectory],
+) -> Batch | None:
+    """The kept trajectories, packed if all who read can; the target reads under its own context."""
+    prompts = None
+    if target_files is not None:
+        prompts = {p.id: target_files.chat.prompt(config.recipe.target.context, p) for p in problems}
+    batch, report = batch_of(config, mesh, student, target_files, problems, trajectories, prompts)
+    return batch if report.trajectories else None
+
+
+def batch_of(
+    config: RunConfig,
+    mesh: Mesh,
+    student: ModelFiles,
+    target_files: ModelFiles | None,
+    problems: Sequence[Problem],
+    trajectories: Sequence[Trajectory],
+    prompts: dict[str, tuple[int, ...]] | None,
+) -> tuple[Batch, BatchReport]:
+    """The arrays of these trajectories as this run packs them; `prompts`: what the target reads before each problem."""
+    return to_batch(
+        problems,
+        trajectories,
+        target_prompts=prompts,
+        reduction=config.recipe.loss.reduction,
+        max_length=config.train.max_length,
+        eos_ids=student.eos_ids,
+        row_length=config.train.row_length,
+        multiple=mesh.shape["data"] * mesh.shape["fsdp"] * config.train.micro_batches,
+        alone=not all(takes_segments(files.model.on(mesh).attention) for files in (student, target_files) if files),
+    )

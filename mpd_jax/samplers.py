@@ -1,0 +1,89 @@
+"""Who answers for each role of a run: a sampler on the mesh, or a model's own servers where its section says `serve`.
+
+Not here: how either of them samples (sampling/), and what a recipe asks of them (recipe/).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import Mesh
+
+from mpd_jax.config import RunConfig
+from mpd_jax.roles import ModelFiles, Roles, make_sampler
+from mpd_jax.sampling.jax_sampler import JaxSampler
+from mpd_jax.sampling.sampler import Sampler
+
+# A sampler for a model that servers hold, for prompts and responses of so many tokens together.
+Remote = Callable[[ModelFiles, str, int], Sampler]
+
+
+@dataclass(frozen=True)
+class Samplers:
+    """Samplers by role. The student's serves evaluation too. follows: a step samples from the student.
+
+    load_student: gives what trains, and its version, to whoever answers with it.
+    """
+
+    student: Sampler
+    writer: Sampler | None
+    rewriter: Sampler | None
+    load_student: Callable[[Any, int], None]
+    follows: bool
+
+
+def make_samplers(
+    config: RunConfig, roles: Roles, mesh: Mesh, whole: Callable[[Any], Any], remote: Remote | None = None
+) -> Samplers:
+    """They hold no weights yet. `whole` makes the student's weights of what trains; servers are given the latter."""
+    sampling, recipe = config.sampling, config.recipe
+    prompt, written = sampling.prompt_tokens, sampling.writer.max_tokens
+
+    def make(files: ModelFiles, role: str, prompt: int, response: int) -> Sampler:
+        if files.serve and remote is not None:
+            return remote(files, role, prompt + response)
+        return make_sampler(files, config, mesh, prompt, response)
+
+    student = make(roles.student, "student", prompt, max(written, config.eval.max_tokens))
+    writer = rewriter = None
+    if recipe.write.by == "student":
+        writer = student
+    elif recipe.write.by == "teacher":
+        assert roles.teacher is not None
+        writer = make(roles.teacher, "writer", prompt, written)
+    if roles.rewriter is not None:
+        # The rewriting prompt holds the problem, the whole draft and the instruction.
+        rewriter = make(roles.rewriter, "rewriter", prompt + written + prompt, sampling.rewriter.max_tokens)
+    rewrites = rewriter is not None and roles.rewriter is roles.student
+
+    def load_student(trained: Any, version: int) -> None:
+        student.load(whole(trained) if isinstance(student, JaxSampler) else trained, version)
+        if rewriter is not None and rewrites:
+            same_weights(rewriter, student)
+
+    return Samplers(student, writer, rewriter, load_student, writer is student or rewrites)
+
+
+def load_frozen(samplers: Samplers, roles: Roles, mesh: Mesh, teacher_weights: Any) -> None:
+    """Weights that never change are loaded once; servers hold theirs."""
+    writer = samplers.writer if samplers.writer is not samplers.student else None
+    rewriter = samplers.rewriter if roles.rewriter is not roles.student else None
+    if writer is not None:
+        writer.load(teacher_weights, 0)
+    if rewriter is None or roles.rewriter is None:
+        return
+    if writer is not None and roles.rewriter is roles.teacher:
+        same_weights(rewriter, writer)
+    elif not isinstance(rewriter, JaxSampler):
+        rewriter.load(None, 0)
+    else:
+        rewriter.load(teacher_weights if roles.rewriter is roles.teacher else roles.rewriter.weights(mesh), 0)
+
+
+def same_weights(sampler: Sampler, other: Sampler) -> None:
+    """`sampler` answers with the weights that `other`, of the same model, has. No second copy is made."""
+    if isinstance(sampler, JaxSampler):
+        assert isinstance(other, JaxSampler), "a model is served or on the mesh, not both"
+        sampler.share(other)
+    else:
+        sampler.load(None, other.version)
