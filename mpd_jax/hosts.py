@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,25 +42,14 @@ class _Shared:
     """The coordination service's store, and what this process has done with it."""
 
     def __init__(self) -> None:
-        self.messages: Counter[str] = Counter()
-        self.checks: Counter[str] = Counter()
-        self.voice = threading.local()
+        self.messages = 0
+        self.checks = 0
         self.asked = False
         self.watcher: _Watcher | None = None
 
     @property
     def client(self) -> Any:
         return distributed.global_state.client
-
-    def next_message(self) -> str:
-        """The name of this thread's next message, the same on every process."""
-        channel = self.channel
-        self.messages[channel] += 1
-        return f"mpd/message/{channel}/{self.messages[channel] - 1}"
-
-    @property
-    def channel(self) -> str:
-        return getattr(self.voice, "name", "main")
 
 
 _shared = _Shared()
@@ -133,16 +121,6 @@ def is_main() -> bool:
     return distributed.global_state.process_id == 0
 
 
-@contextmanager
-def channel(name: str) -> Iterator[None]:
-    """What this thread says to the other processes' thread of the same name keeps an order of its own."""
-    _shared.voice.name = name
-    try:
-        yield
-    finally:
-        del _shared.voice.name
-
-
 def from_main(call: Callable[[], Any]) -> Any:
     """What `call` returns on process 0 (JSON), on every process; a mistake that it finds there is raised everywhere."""
     if alone():
@@ -164,7 +142,8 @@ def gather(value: Any) -> list[Any]:
     if alone():
         return [value]
     client, state = _shared.client, distributed.global_state
-    name = _shared.next_message()
+    name = f"mpd/message/{_shared.messages}"
+    _shared.messages += 1
     client.key_value_set(f"{name}/{state.process_id}", json.dumps(value))
     client.wait_at_barrier(f"{name}/written", FOREVER_MS)
     values = [json.loads(client.blocking_key_value_get(f"{name}/{i}", FOREVER_MS)) for i in range(state.num_processes)]
@@ -187,7 +166,9 @@ def require_same(what: str, value: str) -> None:
 
 def _broadcast(data: bytes) -> bytes:
     """Process 0's bytes, on every process, through the store: nothing is compiled, and no device is waited for."""
-    client, name = _shared.client, _shared.next_message()
+    client, number = _shared.client, _shared.messages
+    _shared.messages += 1
+    name = f"mpd/message/{number}"
     if is_main():
         cuts = range(0, len(data), PIECE)
         for piece, start in enumerate(cuts):
@@ -238,18 +219,17 @@ def check() -> None:
     """
     stop = _shared.asked
     if not alone():
-        client, channel = _shared.client, _shared.channel
-        number = _shared.checks[channel]
-        _shared.checks[channel] += 1
+        client, number = _shared.client, _shared.checks
+        _shared.checks += 1
         if is_main():
             stop = stop or bool(client.key_value_dir_get("mpd/asked/"))
-            client.key_value_set(f"mpd/check/{channel}/{number}", str(int(stop)))
+            client.key_value_set(f"mpd/check/{number}", str(int(stop)))
             if number >= CHECKS_KEPT:
-                client.key_value_delete(f"mpd/check/{channel}/{number - CHECKS_KEPT}")
+                client.key_value_delete(f"mpd/check/{number - CHECKS_KEPT}")
         else:
             if stop:
                 client.key_value_set(f"mpd/asked/{distributed.global_state.process_id}", "1", allow_overwrite=True)
-            stop = client.blocking_key_value_get(f"mpd/check/{channel}/{number}", FOREVER_MS) == "1"
+            stop = client.blocking_key_value_get(f"mpd/check/{number}", FOREVER_MS) == "1"
     if stop:
         raise Stopped
 

@@ -140,3 +140,27 @@ def test_seconds_of_each_phase_are_those_of_the_thread():
     ahead = Ahead(make, lambda step, phase: noted.append((step, phase)))
     assert ahead.result() == ()
     assert 0.04 < ahead.seconds["write"] < 1 and noted == [(0, "write"), (0, "rewrite")]
+
+
+def test_a_stopped_loop_leaves_nobody_sampling(tmp_path, monkeypatch):
+    opened, sampling = open_run(tmp_path, lookahead=1, eval_every=0), threading.Event()
+
+    def write(problems, step):
+        sampling.set()
+        time.sleep(0.2 if step == 2 else 0)
+        made = opened.student.write(problems, step)
+        sampling.clear()
+        return made
+
+    def update(*args):
+        if sampling.is_set():
+            monkeypatch.setattr(hosts, "check", stop)
+        return opened.parts.update(*args)
+
+    def stop():
+        raise hosts.Stopped
+
+    with pytest.raises(hosts.Stopped):
+        train(replace(opened.parts, write=write, update=update), start())
+    opened.close()
+    assert not sampling.is_set()

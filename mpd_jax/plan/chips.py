@@ -5,6 +5,7 @@ Peaks are dense bfloat16 FLOP/s, bandwidths bytes a second in one direction, all
 
 import fcntl
 import math
+import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from jax.sharding import Mesh
 from mpd_jax.types import UserError
 
 GiB = 2**30
+MOST_CHIPS = 1024
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ def parse(text: str) -> Topology:
     wanted = 1 if not chip.tpu else 3 if chip.name == "v5p" else 2
     if len(shape) != wanted or 0 in shape:
         raise UserError(f"--topology {text}: {chip.name} takes {wanted} sizes of at least 1: {EXAMPLES}")
+    if math.prod(shape) > MOST_CHIPS:
+        raise UserError(f"--topology {text}: {math.prod(shape):,} chips; a plan is made for {MOST_CHIPS} at most")
     return Topology(chip, shape)
 
 
@@ -121,7 +125,10 @@ def _wait_for_the_compiler(say: Callable[[str], None]) -> None:
     """libtpu serves one process a machine and aborts a second one; plans wait for each other here until they exit."""
     if _held:
         return
-    file = open(Path(tempfile.gettempdir()) / "mpd-jax-plan.lock", "a")  # noqa: SIM115 - held until the process ends
+    path = Path(tempfile.gettempdir()) / "mpd-jax-plan.lock"
+    file = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR, 0o666), "a")  # held until the process ends
+    with suppress(PermissionError):  # somebody else's, who has opened it to all
+        path.chmod(0o666)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

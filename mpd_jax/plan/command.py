@@ -80,9 +80,8 @@ def opener(say: Callable[[str], None], platform: str) -> Callable[[str, ModelSpe
         model = described(config, spec)
         adapted = Adapted(model, spec.lora) if isinstance(spec, StudentSpec) and spec.lora else None
         adapter = Path(spec.adapter).expanduser() if isinstance(spec, StudentSpec) and spec.adapter else None
-        return ModelFiles(
-            key, Path(spec.path), model, cast(Chat, size), frozenset({0, 1}), spec.param_dtype, adapted, adapter
-        )
+        chat, stops = cast(Chat, size), frozenset({0, 1})
+        return ModelFiles(key, Path(spec.path), model, chat, stops, spec.param_dtype, adapted, adapter, spec.servers)
 
     return open_shape
 

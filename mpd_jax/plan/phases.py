@@ -21,6 +21,7 @@ from mpd_jax.plan.flops import Flops
 from mpd_jax.roles import ModelFiles, Roles
 from mpd_jax.samplers import Samplers, make_samplers
 from mpd_jax.sampling.jax_sampler import JaxSampler, Settings, _decode, _prefill
+from mpd_jax.sampling.sampler import SamplingConfig
 from mpd_jax.sharding import batch_sharding
 from mpd_jax.train.state import RunState, Trained
 from mpd_jax.types import Batch, Problem, Trajectory
@@ -128,7 +129,8 @@ def phases(config: RunConfig, roles: Roles, mesh: Mesh, *, elsewhere: bool = Fal
         found += _sampled("rollout", job, held, mesh)
     if samplers.writer is not samplers.student and isinstance(samplers.student, JaxSampler):
         asked = config.eval.problems * config.eval.attempts
-        job = _Job(samplers.student, "student", asked, prompt, config.eval.max_tokens, config.sampling.writer)
+        drawn = SamplingConfig(max(config.eval.temperatures), config.eval.top_p, config.eval.top_k)
+        job = _Job(samplers.student, "student", asked, prompt, config.eval.max_tokens, drawn)
         found += _sampled("evaluation", job, held, mesh)
     if isinstance(samplers.rewriter, JaxSampler):
         room = prompt + sampling.writer.max_tokens + prompt

@@ -1,6 +1,6 @@
 """The next step's trajectories, made in a thread while this step trains.
 
-The thread speaks to the other processes in a channel of its own, so that every process hears both voices in order.
+To the other processes it speaks as a thread of that name (hosts.py), so that every process hears both voices in order.
 """
 
 import threading
@@ -8,7 +8,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from mpd_jax import hosts
 from mpd_jax.types import Trajectory
 
 Begin = Callable[[int, str], None]
@@ -51,10 +50,9 @@ class Ahead:
             self._phase = None
 
     def _run(self) -> None:
-        with hosts.channel("ahead"):
-            try:
-                self._made = self._make(self._begin)
-            except BaseException as error:  # a stop too: it is the loop that ends
-                self._error = error
-            finally:
-                self._end()
+        try:
+            self._made = self._make(self._begin)
+        except BaseException as error:  # a stop too: it is the loop that ends
+            self._error = error
+        finally:
+            self._end()
