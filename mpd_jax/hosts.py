@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ DEAD_AFTER_S = 60.0  # without a sign of life from a process the others end
 GRACE_S = 5.0  # for the others to hear why a process ends, or to come to the same end by themselves
 CHECKS_KEPT = 1000  # answers that stay in the store; no process is that far behind another
 FOREVER_MS = 7 * 24 * 3600 * 1000
+POLL_MS = 500  # a process that waits for process 0 passes on a signal within this time
 PIECE = 1 << 20  # bytes of one value in the store
 
 Say = Callable[[str], None]
@@ -39,11 +41,15 @@ class Stopped(BaseException):
 
 
 class _Shared:
-    """The coordination service's store, and what this process has done with it."""
+    """The coordination service's store, and what this process has done with it.
+
+    Messages and checks are counted apart for every thread that speaks, which has the same name on every process: what
+    one thread says does not meet another's.
+    """
 
     def __init__(self) -> None:
-        self.messages = 0
-        self.checks = 0
+        self.messages: Counter[str] = Counter()
+        self.checks: Counter[str] = Counter()
         self.asked = False
         self.watcher: _Watcher | None = None
 
@@ -53,6 +59,19 @@ class _Shared:
 
 
 _shared = _Shared()
+_here = threading.local()  # `telling`: this thread is inside the call of `from_main`, where process 0 is alone
+
+
+def _speaker() -> str:
+    """The thread's part of the names in the store."""
+    thread = threading.current_thread()
+    return "main" if thread is threading.main_thread() else thread.name.replace("/", "_")
+
+
+def _next(counts: Counter[str]) -> tuple[str, int]:
+    speaker = _speaker()
+    counts[speaker] += 1
+    return speaker, counts[speaker] - 1
 
 
 def join(
@@ -122,19 +141,32 @@ def is_main() -> bool:
 
 
 def from_main(call: Callable[[], Any]) -> Any:
-    """What `call` returns on process 0 (JSON), on every process; a mistake that it finds there is raised everywhere."""
-    if alone():
+    """What `call` returns on process 0 (JSON), on every process; a mistake that it finds there, or a stop, is raised
+    everywhere. It may take long: the others wait, and pass on the signals that they get. Inside it process 0 decides
+    alone, and `check` asks nobody."""
+    if alone() or _telling():
         return call()
     reply: dict[str, Any] = {}
     if is_main():
+        _here.telling = True
         try:
             reply = {"value": call()}
         except UserError as error:
             reply = {"refused": str(error)}
+        except Stopped:
+            reply = {"stopped": True}
+        finally:
+            _here.telling = False
     reply = json.loads(_broadcast(json.dumps(reply).encode()))
+    if "stopped" in reply:
+        raise Stopped
     if "refused" in reply:
         raise UserError(reply["refused"])
     return reply["value"]
+
+
+def _telling() -> bool:
+    return getattr(_here, "telling", False)
 
 
 def gather(value: Any) -> list[Any]:
@@ -142,8 +174,7 @@ def gather(value: Any) -> list[Any]:
     if alone():
         return [value]
     client, state = _shared.client, distributed.global_state
-    name = f"mpd/message/{_shared.messages}"
-    _shared.messages += 1
+    name = "mpd/message/{}/{}".format(*_next(_shared.messages))
     client.key_value_set(f"{name}/{state.process_id}", json.dumps(value))
     client.wait_at_barrier(f"{name}/written", FOREVER_MS)
     values = [json.loads(client.blocking_key_value_get(f"{name}/{i}", FOREVER_MS)) for i in range(state.num_processes)]
@@ -166,21 +197,36 @@ def require_same(what: str, value: str) -> None:
 
 def _broadcast(data: bytes) -> bytes:
     """Process 0's bytes, on every process, through the store: nothing is compiled, and no device is waited for."""
-    client, number = _shared.client, _shared.messages
-    _shared.messages += 1
-    name = f"mpd/message/{number}"
+    client, name = _shared.client, "mpd/message/{}/{}".format(*_next(_shared.messages))
     if is_main():
         cuts = range(0, len(data), PIECE)
         for piece, start in enumerate(cuts):
             client.key_value_set_bytes(f"{name}/{piece}", data[start : start + PIECE])
         client.key_value_set(f"{name}/pieces", str(len(cuts)))
     else:
-        pieces = int(client.blocking_key_value_get(f"{name}/pieces", FOREVER_MS))
+        pieces = int(_wait_for(f"{name}/pieces"))
         data = b"".join(client.blocking_key_value_get_bytes(f"{name}/{piece}", FOREVER_MS) for piece in range(pieces))
     client.wait_at_barrier(f"{name}/read", FOREVER_MS)
     if is_main():
         client.key_value_delete(name)
     return data
+
+
+def _wait_for(key: str) -> str:
+    """A value of process 0's, whenever it comes. Python sees a signal only between two waits, and passes it on."""
+    while True:
+        try:
+            return _shared.client.blocking_key_value_get(key, POLL_MS)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+        if _shared.asked:
+            _ask_for_stop()
+
+
+def _ask_for_stop() -> None:
+    me = distributed.global_state.process_id
+    _shared.client.key_value_set(f"mpd/asked/{me}", "1", allow_overwrite=True)
 
 
 # Stopping
@@ -218,18 +264,18 @@ def check() -> None:
     Every process calls it equally often. It costs a message between hosts.
     """
     stop = _shared.asked
-    if not alone():
-        client, number = _shared.client, _shared.checks
-        _shared.checks += 1
+    if not alone() and is_main():
+        stop = stop or bool(_shared.client.key_value_dir_get("mpd/asked/"))
+    if not alone() and not _telling():
+        client, (speaker, number) = _shared.client, _next(_shared.checks)
         if is_main():
-            stop = stop or bool(client.key_value_dir_get("mpd/asked/"))
-            client.key_value_set(f"mpd/check/{number}", str(int(stop)))
+            client.key_value_set(f"mpd/check/{speaker}/{number}", str(int(stop)))
             if number >= CHECKS_KEPT:
-                client.key_value_delete(f"mpd/check/{number - CHECKS_KEPT}")
+                client.key_value_delete(f"mpd/check/{speaker}/{number - CHECKS_KEPT}")
         else:
             if stop:
-                client.key_value_set(f"mpd/asked/{distributed.global_state.process_id}", "1", allow_overwrite=True)
-            stop = client.blocking_key_value_get(f"mpd/check/{number}", FOREVER_MS) == "1"
+                _ask_for_stop()
+            stop = _wait_for(f"mpd/check/{speaker}/{number}") == "1"
     if stop:
         raise Stopped
 

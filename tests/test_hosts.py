@@ -94,6 +94,38 @@ with hosts.stoppable(say):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_while_process_0_asks_for_all_stops_all(victim):
+    """Process 0 looks on its own in the call; process 1 waits for it, and has the signal in one of the two cases."""
+    body = f"""
+import signal, threading
+def ask():
+    for number in range(100):
+        time.sleep(0.1)
+        hosts.check()
+with hosts.stoppable(say):
+    hosts.check()
+    if me == {victim}:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    hosts.from_main(ask)
+"""
+    for code, said, _ in finish(start(body)):
+        assert (code, said) == (75, "stopped\n")
+
+
+def test_what_two_threads_say_does_not_meet():
+    """A thread of its own asks process 0 while the main thread does; on process 1 the two come in another order."""
+    body = """
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(1, "ahead") as pool:
+    later = pool.submit(lambda: [hosts.from_main(lambda: f"ahead {n}") for n in range(20) if not time.sleep(0.02 * me)])
+    here = [hosts.from_main(lambda: f"main {n}") for n in range(20) if not time.sleep(0.02 * (1 - me))]
+    say(later.result() == [f"ahead {n}" for n in range(20)], here == [f"main {n}" for n in range(20)])
+"""
+    for code, said, error in finish(start(body)):
+        assert (code, said) == (0, "True True\n"), error
+
+
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_dies_ends_the_other_with_a_message_that_names_it(victim):
     processes = start('say("here"); hosts.from_main(lambda: time.sleep(60)) if me == 0 else time.sleep(60)')
     for process in processes:
