@@ -8,6 +8,7 @@ import math
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from mpd_jax.types import UserError
 
 GiB = 2**30
 MOST_CHIPS = 1024
+LOCK_S = 20.0  # libtpu's own lock outlives its process by a moment
 
 
 @dataclass(frozen=True)
@@ -103,19 +105,25 @@ def _tpu_devices(topology: Topology, say: Callable[[str], None]) -> Sequence[Any
     # The host's share of the slice is assumed to be 2x2 chips, which sizes of 1 do not hold.
     small = tuple(min(size, 2) for size in (*topology.shape, 1, 1)[:3])
     bounds = (*small[:2], 1)
-    try:
-        return topologies.get_topology_desc(topology.name, "tpu", chips_per_host_bounds=bounds).devices
-    except Exception as error:  # libtpu's come as several types; what they say tells them apart
-        message = str(error)
-        if "lockfile" in message:
-            remedy = "another process on this machine uses libtpu: wait for it to end"
-        elif "INVALID_ARGUMENT" in message:
-            remedy = "the compiler knows no such slice: choose one that the maker offers"
-        else:
-            remedy = (
-                "the TPU compiler is missing: pip install 'mpd-jax[tpu]', which a machine without TPUs may have too"
-            )
-        raise UserError(f"--topology {topology.name}: {remedy} ({message.splitlines()[0][:200]})") from error
+    patience = time.monotonic() + LOCK_S
+    while True:
+        try:
+            return topologies.get_topology_desc(topology.name, "tpu", chips_per_host_bounds=bounds).devices
+        except Exception as error:  # libtpu's come as several types; what they say tells them apart
+            if "lockfile" not in str(error) or time.monotonic() > patience:
+                raise _explained(topology, error) from error
+        time.sleep(1)
+
+
+def _explained(topology: Topology, error: Exception) -> UserError:
+    message = str(error)
+    if "lockfile" in message:
+        remedy = "another process on this machine uses libtpu: wait for it to end"
+    elif "INVALID_ARGUMENT" in message:
+        remedy = "the compiler knows no such slice: choose one that the maker offers"
+    else:
+        remedy = "the TPU compiler is missing: pip install 'mpd-jax[tpu]', which a machine without TPUs may have too"
+    return UserError(f"--topology {topology.name}: {remedy} ({message.splitlines()[0][:200]})")
 
 
 _held: list[Any] = []
