@@ -291,7 +291,7 @@ saved.close()
 
 def test_a_checkpoint_that_one_of_two_processes_cannot_read_is_put_aside_by_both(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
-    (code, said, error), other = finish(start(ONE_CANNOT_READ.replace("{run!r}", repr(str(tmp_path)))))
+    (code, said, error), other = finish(start(ONE_CANNOT_READ.replace("{run!r}", repr(str(tmp_path)))), timeout=300)
     assert code == other[0] == 0, error + other[2]
     lines = [[line for line in text.splitlines() if "Gloo" not in line] for text in (said, other[1])]
     assert lines == [["going on from step 3 instead", "3 3 True 1 2"], ["3 3 True 1 2"]]
