@@ -29,7 +29,7 @@ from mpd_jax.roles import ModelFiles, Roles, open_model, open_roles
 from mpd_jax.samplers import Samplers, load_frozen, make_samplers
 from mpd_jax.sampling.sampler import Sampler
 from mpd_jax.sharding import MeshConfig, make_mesh, tree_shardings
-from mpd_jax.train.checkpoint import Checkpoints
+from mpd_jax.train.checkpoint import Checkpoints, Which
 from mpd_jax.train.loop import Parts
 from mpd_jax.train.metrics import Clock, Metrics, PhaseLog, Row
 from mpd_jax.train.records import Records
@@ -305,16 +305,18 @@ class Restored:
         return self.files.trains.over(self.base, self.trained)
 
 
-def restored_student(config: RunConfig, run_dir: Path) -> Restored:
-    """The student of a run at its newest checkpoint, on whatever devices are here. Changes nothing in the run."""
+def restored_student(config: RunConfig, run_dir: Path, which: Which | None = None) -> Restored:
+    """The student of a run at a checkpoint, the newest unless `which` names another, on whatever devices are here.
+    Changes nothing in the run."""
     try:
         mesh = make_mesh(config.mesh)
     except UserError:  # it was trained on other devices than are here
         mesh = make_mesh(MeshConfig(data=-1, fsdp=1))
     files = open_model("student", config.student, config.recipe.contexts)
-    checkpoints = Checkpoints(run_dir, config.train.keep, read_only=True)
+    checkpoints = Checkpoints(run_dir, config.train.keep, keep_best=config.train.keep_best, read_only=True)
+    like = abstract_state(config, files, mesh)
     try:
-        state = checkpoints.restore(abstract_state(config, files, mesh))
+        state = checkpoints.restore(like) if which is None else checkpoints.restore_one(like, which)
     finally:
         checkpoints.close()
     if state is None:

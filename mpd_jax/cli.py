@@ -7,7 +7,7 @@ import sys
 import traceback
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -60,6 +60,14 @@ Coordinator = Annotated[
 Processes = Annotated[int | None, typer.Option(help="How many processes the run has.", show_default=False)]
 ProcessId = Annotated[int | None, typer.Option(help="Which of them this is, from 0.", show_default=False)]
 
+Step = Annotated[
+    int | None,
+    typer.Option(help="The run's checkpoint after this many updates, instead of the newest.", show_default=False),
+]
+Best = Annotated[
+    bool, typer.Option("--best", help="The run's best checkpoint by train.keep_best, instead of the newest.")
+]
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of text.")]
 
 
@@ -82,9 +90,9 @@ def train(
     _join(coordinator, processes, process_id)
     try:
         run.train(settings)
-    except hosts.Stopped:
+    except hosts.Stopped as stopped:
         if hosts.is_main():
-            typer.echo("stopped and saved; the same command again goes on", err=True)
+            typer.echo(f"{stopped}; the same command again goes on", err=True)
         hosts.leave(hosts.STOPPED)
         raise typer.Exit(hosts.STOPPED) from None
     except KeyboardInterrupt as error:
@@ -104,20 +112,42 @@ def _join(coordinator: str | None, processes: int | None, process_id: int | None
         hosts.join(coordinator, processes, process_id)
     elif len(missing) < len(given):
         raise UserError(f"{' and '.join(missing)}: missing; the three flags of a run of several processes go together")
-    elif _launched():
+    elif _launched() or _on_tpu():
         hosts.join()
 
 
+def _one(command: str) -> None:
+    """What is not training is one process's work; each of several would do it again, over the others' files."""
+    import jax
+
+    if _launched() or (_on_tpu() and jax.process_count() > 1):
+        raise UserError(
+            f"mpd-jax {command}: it was started as one process of several, and it runs in one; start it once: with "
+            "`srun --ntasks=1`, in a job without completion index, or on any other machine that sees the files"
+        )
+
+
 def _launched() -> bool:
-    """Whether a launcher that JAX knows started this as one process of several."""
+    """Whether the environment says that a launcher which JAX knows started this as one process of several."""
     there = os.environ
     slurm = int(there.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in there
     kubernetes = "KUBERNETES_SERVICE_HOST" in there and "JOB_COMPLETION_INDEX" in there
     pod = "," in there.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in there
-    # A TPU VM says nothing in its environment: JAX asks its metadata server.
+    return slurm or kubernetes or pod
+
+
+def _on_tpu() -> bool:
+    """A TPU VM says nothing of others in its environment: JAX asks its metadata server."""
     chips = Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()
-    asks = there.get("JAX_PLATFORMS") != "cpu" and "TPU_SKIP_MDS_QUERY" not in there
-    return slurm or kubernetes or pod or (chips and asks and find_spec("libtpu") is not None)
+    asks = os.environ.get("JAX_PLATFORMS") != "cpu" and "TPU_SKIP_MDS_QUERY" not in os.environ
+    return chips and asks and find_spec("libtpu") is not None
+
+
+def _which(step: int | None, best: bool) -> int | Literal["best"] | None:
+    """The checkpoint asked for, or None for the newest."""
+    if best and step is not None:
+        raise UserError(f"--step: {step} and --best ask for two checkpoints; give one of them")
+    return "best" if best else step
 
 
 @app.command("eval")
@@ -131,11 +161,14 @@ def evaluate(
         str | None, typer.Option(help="Grade the stored samples of a run again with this grader; sample nothing.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A directory for every sample, as JSON Lines.")] = None,
+    step: Step = None,
+    best: Best = False,
 ) -> None:
     """Accuracy and tokens on held-out problems of a model or a run's student, as it is and asked for fewer words."""
     from mpd_jax import use
 
-    use.evaluate(source, config, overrides or [], regrade, out)
+    _one("eval")
+    use.evaluate(source, config, overrides or [], regrade, out, _which(step, best))
 
 
 @app.command()
@@ -146,11 +179,14 @@ def sample(
     max_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 512,
     seed: Annotated[int, typer.Option(help="The same seed, problem and model give the same response.")] = 0,
     as_json: Json = False,
+    step: Step = None,
+    best: Best = False,
 ) -> None:
     """Type a problem, see the trace stream."""
     from mpd_jax import use
 
-    use.sample(model, prompt, temperature, max_tokens, seed, as_json)
+    _one("sample")
+    use.sample(model, prompt, temperature, max_tokens, seed, as_json, _which(step, best))
 
 
 @app.command()
@@ -166,11 +202,14 @@ def export(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write the adapter alone, in PEFT's format, instead of merged weights.")
     ] = False,
+    step: Step = None,
+    best: Best = False,
 ) -> None:
     """Write a run's student as a directory that transformers and vLLM load unchanged."""
     from mpd_jax import use
 
-    use.export(source, out, dtype, adapter)
+    _one("export")
+    use.export(source, out, dtype, adapter, _which(step, best))
 
 
 @app.command("config")

@@ -146,12 +146,7 @@ def resolve(tree: dict, overrides: typing.Sequence[str] = ()) -> RunConfig:
     validate(config.recipe)
     _check_roles(config)
     _check_serving(config)
-    every, saved = config.eval.every, config.train.save_every
-    if config.train.keep_best and (every == 0 or every % saved):
-        raise UserError(
-            f"train.keep_best: {config.train.keep_best} is measured every eval.every = {every} steps, which must be a "
-            f"multiple of train.save_every = {saved}; set eval.every, or leave train.keep_best out"
-        )
+    _check_training(config)
     return config
 
 
@@ -198,14 +193,70 @@ def _refuse_unknown_keys(tree: Any, owner: type, prefix: str) -> None:
             _refuse_unknown_keys(value, inner, f"{prefix}{key}.")
 
 
+# What a key may hold, in plain words.
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text (quoted where YAML reads a number or a date)",
+    types.NoneType: "null",
+}
+
+
 def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] in ("missing", "missing_argument"):
-        return f"{where}: required and missing; set it in the YAML file or as {where}=value"
-    if error["type"] == "value_error":
-        said = str(error["ctx"]["error"])
+    """Key, value and what is allowed there. An element of a list is explained by the list's key."""
+    annotation, path, said = RunConfig, [], error["type"] == "value_error" and str(error["ctx"]["error"])
+    for part in error["loc"]:
+        owner = _dataclass_in(annotation)
+        if owner is None:
+            break
+        annotation = typing.get_type_hints(owner)[part]
+        path.append(part)
+    where = ".".join(path)
+    if said:
         return said if said.startswith(where) else f"{where}: {said}"
-    return f"{where}: {error['input']!r} is not allowed: {error['msg']}"
+    if error["type"] in ("missing", "missing_argument") and len(path) == len(error["loc"]):
+        return f"{where}: required and missing; set it in the YAML file or as {where}=value"
+    return f"{where}: {error['input']!r} is not allowed; it must be {_allowed(annotation)}"
+
+
+def _allowed(annotation: Any) -> str:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in WORDS:
+        return WORDS[annotation]
+    if dataclasses.is_dataclass(annotation):
+        needed = [f.name for f in dataclasses.fields(annotation) if f.default is f.default_factory]  # neither is there
+        some = needed or [dataclasses.fields(annotation)[0].name]
+        return f"a section such as {{{', '.join(f'{name}: ...' for name in some)}}}"
+    if origin is typing.Literal:
+        return " or ".join(filter(None, [", ".join(map(str, inner[:-1])), str(inner[-1])]))
+    if origin is tuple:
+        many = "" if Ellipsis in inner else f" {len(inner)}"
+        return f"a list of{many} values, each {_allowed(inner[0])}"
+    if origin in (typing.Union, types.UnionType):
+        return ", or ".join(map(_allowed, inner))
+    return "a section in which every key and value is text"
+
+
+def _check_training(config: RunConfig) -> None:
+    """Refuses what could never take effect."""
+    every, steps, saved = config.eval.every, config.train.steps, config.train.save_every
+    kept, profiled = config.train.keep_best, config.train.profile_steps
+    if kept and (every == 0 or every % saved):
+        raise UserError(
+            f"train.keep_best: {kept} is measured every eval.every = {every} steps, which must be a multiple of "
+            f"train.save_every = {saved}; set eval.every, or leave train.keep_best out"
+        )
+    if kept and every >= steps:
+        raise UserError(
+            f"train.keep_best: {kept} is measured every eval.every = {every} steps, and the run ends with step {steps} "
+            "(train.steps) before it was; lower eval.every, or leave train.keep_best out"
+        )
+    if profiled and profiled[0] >= steps:
+        raise UserError(
+            f"train.profile_steps: {list(profiled)} begins after the last step, {steps - 1} of train.steps = {steps} "
+            "counted from 0; lower it, or leave it out"
+        )
 
 
 def _check_roles(config: RunConfig) -> None:

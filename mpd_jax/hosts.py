@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 
 
 class Stopped(BaseException):
-    """The run was asked to stop. Nothing but the command catches it; what is saved is the loop's business."""
+    """The run was asked to stop. Nothing but the command ends it; it says what was saved by then."""
 
 
 class _Shared:

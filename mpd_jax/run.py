@@ -30,6 +30,7 @@ from mpd_jax.eval.plot import plot_run
 from mpd_jax.files import write_atomically, writing
 from mpd_jax.screen import Screen, live_line
 from mpd_jax.train import loop
+from mpd_jax.train.checkpoint import Checkpoints
 from mpd_jax.train.metrics import read_rows
 from mpd_jax.train.state import RunState
 from mpd_jax.types import UserError
@@ -78,7 +79,7 @@ def train(settings: RunConfig) -> Path:
         run, state = build.build(
             settings, run_dir, lambda row: advance(row["step"] + 1, live_line(row)), screen.say, screen.bar
         )
-        with closing(run):
+        with closing(run), telling_what_is_saved(run.parts.checkpoints):
             write_atomically(run_dir / "config.yaml", config.to_yaml(settings))
             judged = Judged(run, screen)
             judged.forget_after(state.step)
@@ -106,6 +107,17 @@ def train(settings: RunConfig) -> Path:
         screen.say(f"{dropped}; see the verdicts in {run_dir}/metrics.jsonl")
     screen.say(f"{run_dir}: summary.json, curves.png, metrics.jsonl, trajectories/, checkpoints/, evaluations/")
     return run_dir
+
+
+@contextmanager
+def telling_what_is_saved(checkpoints: Checkpoints) -> Iterator[None]:
+    """A run that was asked to stop says what it left."""
+    try:
+        yield
+    except hosts.Stopped:
+        step = checkpoints.latest()
+        nothing = "stopped before the first update, so there was nothing to save"
+        raise hosts.Stopped(nothing if step is None else f"stopped and saved after step {step}") from None
 
 
 def keep_compiled(directory: str) -> None:
@@ -184,14 +196,16 @@ class Judged:
             wanted.append((CONCISE, "concise"))
         if not all(self._stored(name) for name, _ in wanted):
             run = self.run
-            start = state.weights if state.step == 0 else run.student.start(run.mesh, run.config.run.seed)
-            run.load_student(start, 0)
+            # Nothing here may hold on to the weights of the start: they would stay beside the state's.
+            run.load_student(state.weights if state.step == 0 else run.student.start(run.mesh, run.config.run.seed), 0)
         return [row for name, context in wanted for row in self._evaluate(name, context)]
 
     def between(self, state: RunState) -> dict[str, float]:
         """In the middle of training. The figures that train.keep_best may name, at the first temperature."""
-        self.run.load_student(state.weights, state.step)
-        rows = self._evaluate(f"step {state.step}", "plain")
+        name = f"step {state.step}"
+        if not self._stored(name):
+            self.run.load_student(state.weights, state.step)
+        rows = self._evaluate(name, "plain")
         return hosts.from_main(lambda: {"accuracy": rows[0].accuracy, "mean_tokens": rows[0].mean_tokens})
 
     def trained(self, state: RunState) -> list[EvalRow]:

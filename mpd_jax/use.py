@@ -18,11 +18,17 @@ from mpd_jax.roles import make_sampler, open_model
 from mpd_jax.run import BASE, CONCISE, TRAINED
 from mpd_jax.sampling.sampler import Request, SamplingConfig, request_key
 from mpd_jax.screen import Screen
+from mpd_jax.train.checkpoint import Which
 from mpd_jax.types import Problem, UserError
 
 
 def evaluate(
-    source: str, config_path: Path | None, overrides: Sequence[str], regrade: str | None, out: Path | None
+    source: str,
+    config_path: Path | None,
+    overrides: Sequence[str],
+    regrade: str | None,
+    out: Path | None,
+    which: Which | None = None,
 ) -> None:
     """`mpd-jax eval`: a run's student before and after, or another model, or stored samples under another grader.
 
@@ -32,6 +38,8 @@ def evaluate(
     is_run = (run_dir / "config.yaml").is_file()
     if regrade and not is_run:
         raise UserError(f"--regrade: {source} is no run directory (it holds no config.yaml), so it stores no samples")
+    if regrade and which is not None:
+        raise UserError("--regrade: it grades every stored sample of the run; leave --step and --best out")
     if regrade:
         _regrade(run_dir, regrade)
         return
@@ -42,11 +50,12 @@ def evaluate(
             raise UserError(f"--out: {out} cannot be made ({error.strerror}); choose another directory") from None
     if is_run:
         settings = config.load(config_path or run_dir / "config.yaml", overrides)
-        restored = build.restored_student(config.load(run_dir / "config.yaml"), run_dir)
+        restored = build.restored_student(config.load(run_dir / "config.yaml"), run_dir, which)
         files, mesh = restored.files, restored.mesh
         asked = [(BASE, restored.before(), "plain"), (CONCISE, None, "concise")]
         asked.append((f"{TRAINED}, step {restored.step}", restored.after(), "plain"))
     else:
+        _refuse_choice(source, which)
         settings = _model_settings(source, config_path, overrides)
         files = open_model("student", settings.student, settings.recipe.contexts)
         mesh = build.make_mesh(settings.mesh)
@@ -83,6 +92,14 @@ def _regrade(run_dir: Path, grader: str) -> None:
     Console().print(evaluation.table(rows))
 
 
+def _refuse_choice(source: str, which: Which | None) -> None:
+    if which is not None:
+        raise UserError(
+            f"{'--best' if which == 'best' else '--step'}: {source} is no run directory (it holds no config.yaml), so "
+            "it has no checkpoints to choose from; leave it out"
+        )
+
+
 def _model_settings(source: str, config_path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Settings for a model that belongs to no run: those of a config, or the defaults."""
     if config_path:
@@ -104,12 +121,20 @@ def _model_settings(source: str, config_path: Path | None, overrides: Sequence[s
     return config.resolve(tree, overrides)
 
 
-def sample(source: str, prompt: str | None, temperature: float, max_tokens: int, seed: int, as_json: bool) -> None:
+def sample(
+    source: str,
+    prompt: str | None,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+    as_json: bool,
+    which: Which | None = None,
+) -> None:
     """`mpd-jax sample`: one problem given, or problems typed one by one."""
     if as_json and prompt is None:
         raise UserError("--json: needs --prompt; without it problems are typed one by one")
     sampling = SamplingConfig(temperature=temperature, max_tokens=max_tokens)
-    answerer = _Answerer(source, sampling)
+    answerer = _Answerer(source, sampling, which)
     if prompt is not None:
         answerer.answer(prompt, seed, as_json)
         return
@@ -131,13 +156,14 @@ def _typed() -> str:
 class _Answerer:
     """A model on the devices, ready for prompts of up to 512 tokens."""
 
-    def __init__(self, source: str, sampling: SamplingConfig):
+    def __init__(self, source: str, sampling: SamplingConfig, which: Which | None):
         run_dir = Path(source)
         if (run_dir / "config.yaml").is_file():
             settings = config.load(run_dir / "config.yaml")
-            restored = build.restored_student(settings, run_dir)
+            restored = build.restored_student(settings, run_dir, which)
             self.files, mesh, weights = restored.files, restored.mesh, restored.after()
         else:
+            _refuse_choice(source, which)
             settings = _model_settings(source, None)
             self.files = open_model("student", settings.student, settings.recipe.contexts)
             mesh = build.make_mesh(settings.mesh)
@@ -191,14 +217,14 @@ class _Answerer:
         print(f"\n[{len(ids)} tokens]", flush=True)
 
 
-def export(source: Path, out: Path, dtype: str | None, adapter: bool = False) -> None:
+def export(source: Path, out: Path, dtype: str | None, adapter: bool = False, which: Which | None = None) -> None:
     """`mpd-jax export`: the student's weights with any adapter merged, or the adapter alone."""
     if not (source / "config.yaml").is_file():
         raise UserError(f"{source}: no run directory (it holds no config.yaml); give the run.dir of a training run")
     settings = config.load(source / "config.yaml")
     if adapter and settings.student.lora is None:
         raise UserError(f"--adapter: {source} trained all weights, not an adapter; leave --adapter out")
-    restored = build.restored_student(settings, source)
+    restored = build.restored_student(settings, source, which)
     files, dtype = restored.files, dtype or ("float32" if adapter else "bfloat16")
     if adapter:
         assert files.adapted is not None, "lora without an adapter"
@@ -207,4 +233,4 @@ def export(source: Path, out: Path, dtype: str | None, adapter: bool = False) ->
         export_adapter(out, files.adapted, restored.trained, base, settings.student.revision, dtype=dtype)
     else:
         export_weights(out, files.directory, files.model, restored.after(), dtype=dtype)
-    Screen().say(f"wrote {out} ({dtype})")
+    Screen().say(f"wrote {out} ({dtype}), the student after step {restored.step}")

@@ -19,6 +19,7 @@ from mpd_jax.sharding import MeshConfig, make_mesh
 from mpd_jax.train.checkpoint import Checkpoints
 from mpd_jax.train.state import RunState, TrainConfig, Trained, abstract, new_state, optimiser
 from mpd_jax.types import UserError
+from tests.test_hosts import finish, start
 from tests.test_step import tiny_model, weights_of
 
 TX = optimiser(TrainConfig(learning_rate=0.1))
@@ -198,16 +199,103 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, opened
 
 
 @pytest.mark.parametrize(("figure", "best"), [("accuracy", 2), ("mean_tokens", 4)])
-def test_the_best_by_a_figure_stays_beside_the_last(tmp_path, opened, figure, best):
+@pytest.mark.parametrize("first", ["noted", "saved"])
+def test_the_best_by_a_figure_stays_beside_the_last(tmp_path, opened, figure, best, first):
+    """Whether a state was evaluated before it was saved or after."""
     state = make_state(self_copy=False)
     figures = {0: (0.5, 90.0), 2: (0.9, 80.0), 4: (0.7, 20.0), 6: (0.8, 50.0), 7: None, 8: (0.6, 40.0)}
     for step, values in figures.items():
-        if step in (0, 7):  # what is on disk when it is opened counts too
+        if step in (0, 4, 7):  # what is on disk when it is opened counts too
             saved = opened(tmp_path, keep=1, keep_best=figure)
-        saved.save(state._replace(step=step), values and dict(zip(("accuracy", "mean_tokens"), values, strict=True)))
+        if first == "saved":
+            saved.save(state._replace(step=step))
+        if values:
+            saved.note(step, dict(zip(("accuracy", "mean_tokens"), values, strict=True)))
+        if first == "noted":
+            saved.save(state._replace(step=step))
         saved.wait()
-    assert sorted(os.listdir(saved.directory)) == [str(best), "8"]
+    assert steps_in(saved) == [best, 8]
+    assert saved.restore_one(abstract(state), "best").step == best
     assert saved.restore(abstract(state)).step == 8
+
+
+def steps_in(saved: Checkpoints) -> list[int]:
+    return sorted(int(name) for name in os.listdir(saved.directory) if name.isdigit())
+
+
+def test_figures_of_steps_that_a_run_goes_back_behind_are_forgotten(tmp_path, opened):
+    state = abstract(make_state(self_copy=False))
+    saved = opened(tmp_path, keep=2, keep_best="accuracy")
+    saved.save(make_state(self_copy=False))
+    saved.note(3, {"accuracy": 0.5})
+    saved.note(4, {"accuracy": 0.9})
+    saved.wait()
+    again = opened(tmp_path, keep=2, keep_best="accuracy")
+    assert again.restore(state).step == 3
+    again.save(make_state(self_copy=False)._replace(step=4))
+    again.wait()
+    assert opened(tmp_path, keep=2, keep_best="accuracy", read_only=True).restore_one(state, "best").step == 3
+    for damaged in (b"", b"[]", b'{"3": 4}', b'{"3": {"mean_tokens": 4}}'):
+        (saved.directory / "figures.json").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"--best: .*was evaluated; .*: 3, 4"):
+            opened(tmp_path, keep=2, keep_best="accuracy", read_only=True).restore_one(state, "best")
+
+
+def test_a_checkpoint_is_chosen_by_its_step(tmp_path, opened):
+    state = make_state(self_copy=False)
+    like, saved = abstract(state), opened(tmp_path, keep=3)
+    with pytest.raises(UserError, match=r"--step: 3 is no checkpoint in .*checkpoints; there is none yet"):
+        saved.restore_one(like, 3)
+    for step in (2, 3, 4):
+        saved.save(state._replace(step=step, memory={"scale": step}))
+        saved.wait()
+    looked = opened(tmp_path, keep=3, read_only=True)
+    assert (looked.restore_one(like, 3).step, looked.restore_one(like, 3).memory["scale"]) == (3, 3)
+    with pytest.raises(UserError, match=r"--step: 5 is no checkpoint in .*; there are checkpoints of .*: 2, 3, 4"):
+        looked.restore_one(like, 5)
+    with pytest.raises(UserError, match=r"--best: .*no train.keep_best; give --step instead: .*: 2, 3, 4"):
+        looked.restore_one(like, "best")
+    damage(saved.directory / "3", "no metadata")
+    with pytest.raises(UserError, match=r"--step: .*checkpoints/3 cannot be read \(\w+\); .*: 2, 3, 4"):
+        looked.restore_one(like, 3)
+    assert steps_in(saved) == [2, 3, 4]
+
+
+ONE_CANNOT_READ = """
+import jax, jax.numpy as jnp, numpy as np, orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
+from mpd_jax.train.checkpoint import Checkpoints
+from mpd_jax.train.state import RunState
+
+real = ocp.StandardCheckpointHandler.restore
+def restore(handler, directory, *args, **kwargs):
+    if me == 1 and directory.parent.name == "4":
+        raise ValueError("a disk of this host alone")
+    return real(handler, directory, *args, **kwargs)
+
+ocp.StandardCheckpointHandler.restore = restore
+place = NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), PartitionSpec("all"))
+array = jax.jit(lambda: jnp.arange(64.0), out_shardings=place)()
+state = RunState({"w": array}, {"m": array}, None, 3, 5, {})
+saved = Checkpoints({run!r}, keep=2, say=lambda text: say(text.rpartition("; ")[2]))
+for step in (3, 4):
+    saved.save(state._replace(step=step))
+saved.wait()
+back = saved.restore(state)
+here = [np.array_equal(a.data, b.data) for a, b in zip(back.weights["w"].addressable_shards, array.addressable_shards)]
+say(back.step, saved.latest(), all(here), len(here), jax.process_count())
+saved.save(back._replace(step=4))
+saved.close()
+"""
+
+
+def test_a_checkpoint_that_one_of_two_processes_cannot_read_is_put_aside_by_both(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    (code, said, error), other = finish(start(ONE_CANNOT_READ.replace("{run!r}", repr(str(tmp_path)))), timeout=300)
+    assert code == other[0] == 0, error + other[2]
+    lines = [[line for line in text.splitlines() if "Gloo" not in line] for text in (said, other[1])]
+    assert lines == [["going on from step 3 instead", "3 3 True 1 2"], ["3 3 True 1 2"]]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4", "damaged-4"]
 
 
 def damage(checkpoint: Path, how: str) -> None:

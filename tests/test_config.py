@@ -56,12 +56,48 @@ def test_configs_of_real_size_give_each_of_eight_accelerators_one_row_at_a_time(
         ("train.keep_best=accuracy", "train.keep_best: accuracy is measured every eval.every = 0 steps"),
         ("run={}", "run.dir: required and missing"),
         ("run.dir=gs://bucket/run", "run.dir: 'gs://bucket/run' is not allowed"),
+        (
+            "student.lora=16",
+            "student.lora: 16 is not allowed; it must be a section such as {rank: ..., alpha: ...}, or",
+        ),
+        ("student.lora={}", "student.lora.rank: required and missing"),
+        ("recipe.contexts=3", "recipe.contexts: 3 is not allowed; it must be a section such as {plain: ...}"),
+        ("train.profile_steps=3", "train.profile_steps: 3 is not allowed; it must be a list of 2 values, each a whole"),
+        ("train.profile_steps=[3]", "train.profile_steps: [3] is not allowed; it must be a list of 2 values"),
+        ("train.profile_steps=[3,a]", "train.profile_steps: 'a' is not allowed; it must be a list of 2 values"),
+        ("train.steps=1.5", "train.steps: 1.5 is not allowed; it must be a whole number"),
+        ("eval.temperatures=1.0", "eval.temperatures: 1.0 is not allowed; it must be a list of values, each a number"),
+        ("eval.concise_row=perhaps", "eval.concise_row: 'perhaps' is not allowed; it must be true or false"),
+        ("run.dir=3", "run.dir: 3 is not allowed; it must be text"),
+        ("problems.columns={a: 3}", "problems.columns: 3 is not allowed; it must be a section in which every key and"),
+        ("train.keep_best=loss", "train.keep_best: 'loss' is not allowed; it must be accuracy or mean_tokens, or null"),
+        ("recipe.rewrite.keep=[x]", "recipe.rewrite.keep: 'x' is not allowed; it must be a list of values, each fin"),
+        ("train.profile_steps=[48,50]", "train.profile_steps: [48, 50] begins after the last step, 47"),
     ],
 )
 def test_bad_values_are_refused_by_name(override, said):
     with pytest.raises(UserError) as caught:
         config.load(QUICKSTART, [override])
     assert said in str(caught.value)
+
+
+def test_a_best_checkpoint_of_evaluations_that_never_come_is_refused():
+    overrides = ["train.keep_best=accuracy", "train.save_every=16"]
+    config.load(QUICKSTART, [*overrides, "eval.every=32"])
+    with pytest.raises(UserError, match=r"train.keep_best: .*eval.every = 48 steps, and the run ends with step 48"):
+        config.load(QUICKSTART, [*overrides, "eval.every=48"])
+
+
+def test_every_type_of_the_config_has_plain_words():
+    for owner in (config.RunConfig, *sections(config.RunConfig)):
+        for name, hint in typing.get_type_hints(owner).items():
+            assert not {"typing", "class", "tuple", "dict"} & set(config._allowed(hint).split()), (owner, name)
+
+
+def sections(owner: type) -> Iterator[type]:
+    for hint in typing.get_type_hints(owner).values():
+        if inner := config._dataclass_in(hint):
+            yield from (inner, *sections(inner))
 
 
 def test_a_missing_file_and_a_broken_file_are_refused(tmp_path):

@@ -50,10 +50,10 @@ def start(body: str) -> list[subprocess.Popen]:
     return [subprocess.Popen([*words, str(number)], **pipes) for number in range(2)]
 
 
-def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+def finish(processes: list[subprocess.Popen], timeout: float = 60) -> list[tuple[int, str, str]]:
     """(exit code, what it said, what stood on standard error) of each."""
     try:
-        outputs = [process.communicate(timeout=60) for process in processes]
+        outputs = [process.communicate(timeout=timeout) for process in processes]
     except subprocess.TimeoutExpired:
         for process in processes:
             process.kill()

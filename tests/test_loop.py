@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from mpd_jax import hosts
 from mpd_jax.recipe.loss import LossConfig
 from mpd_jax.sampling.sampler import request_key
 from mpd_jax.train.checkpoint import Checkpoints
-from mpd_jax.train.loop import Parts, TrainingFailure, train
+from mpd_jax.train.loop import Parts, TrainingFailure, _Run, train
 from mpd_jax.train.metrics import Clock, Metrics, PhaseLog, read_rows
 from mpd_jax.train.records import Records
 from mpd_jax.train.state import TrainConfig, abstract, new_state, optimiser
@@ -189,6 +191,34 @@ def test_a_run_asked_to_stop_saves_first_and_ends_with_the_same_bits(straight, t
     assert rows_without_times(tmp_path) == straight[1]
 
 
+def test_an_evaluation_cut_short_by_a_stop_is_made_before_the_run_goes_on(straight, tmp_path):
+    """The checkpoint written then can be the best like any other, also if the stop comes once more."""
+
+    def stopped(state):
+        raise hosts.Stopped
+
+    def figures(state):
+        order.append(("evaluate", state.step))
+        return {"accuracy": 1.0 if state.step == 3 else 0.0}
+
+    def update(*args):
+        order.append("update")
+        return UPDATE(*args)
+
+    def checkpoints():
+        return Checkpoints(tmp_path, keep=1, keep_best="accuracy")
+
+    for _ in range(2):
+        with pytest.raises(hosts.Stopped):
+            run(tmp_path, evaluate=stopped, checkpoints=checkpoints())
+    order = []
+    state, _ = run(tmp_path, evaluate=figures, update=update, checkpoints=checkpoints())
+    assert order == [("evaluate", 3), "update", "update", "update"]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), straight[0])
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert steps == [3, STEPS]
+
+
 def test_a_run_stopped_twice_and_one_that_was_over_end_with_the_same_bits(straight, tmp_path):
     for kill in ((0, "rewrite"), (4, "update")):
         with pytest.raises(Killed):
@@ -325,6 +355,19 @@ def test_phases_are_logged_in_order_and_a_save_is_open_until_it_is_told_written(
     ] + [["1", "save"], ["2", "load"]]
     for step in ("1", "3", "5"):
         assert lines.index([step, "save"]) < lines.index([step, "saved"])
+
+
+def test_several_processes_leave_their_traces_in_directories_of_their_own(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(jax.profiler, "start_trace", started.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    loop = _Run(cast(Any, SimpleNamespace(run_dir=tmp_path, profile_steps=(0, 0))), 0)
+    loop.profile(0)
+    loop.profile(None)
+    monkeypatch.setattr(hosts, "alone", lambda: False)
+    loop.profile(0)
+    assert started == [tmp_path / "profile", tmp_path / "profile" / "process_1"]
 
 
 @pytest.mark.parametrize("steps", [(1, 1), (1, 9)], ids=["ends inside the run", "would end after it"])

@@ -1,14 +1,15 @@
 """What commands do around the loop: which changes make another run, and which old measurements are kept."""
 
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from mpd_jax import config
-from mpd_jax.run import Judged, locked, refuse_another_run
+from mpd_jax import config, hosts
+from mpd_jax.run import Judged, locked, refuse_another_run, telling_what_is_saved
 from mpd_jax.types import UserError
 from tests.e2e.tiny import QUICKSTART
 
@@ -68,6 +69,49 @@ def test_a_resumed_run_forgets_what_was_measured_of_steps_it_has_not_reached(tmp
     assert {path.name for path in directory.iterdir()} == {
         f"{name}{suffix}" for name in names[:2] for suffix in (".jsonl", ".json")
     }
+
+
+@pytest.mark.parametrize(
+    ("step", "said"), [(None, "stopped before the first update, so there was"), (3, "stopped and saved after step 3")]
+)
+def test_a_run_that_was_stopped_says_what_is_saved(step, said):
+    checkpoints = cast(Any, SimpleNamespace(latest=lambda: step))
+    with pytest.raises(hosts.Stopped, match=said), telling_what_is_saved(checkpoints):
+        raise hosts.Stopped
+
+
+def test_an_evaluation_is_read_back_without_loading_and_the_base_is_held_by_its_sampler_alone(tmp_path, monkeypatch):
+    class Weights:
+        pass
+
+    held, loaded = [], []
+
+    def load(weights, version):
+        held[:], loaded[len(loaded) :] = [weakref.ref(weights)], [version]
+
+    def evaluate(self, name, context):
+        if name == "base":
+            assert held[0]() is None
+        return [SimpleNamespace(accuracy=0.5, mean_tokens=9.0)]
+
+    run = SimpleNamespace(
+        parts=SimpleNamespace(run_dir=tmp_path),
+        config=config.load(QUICKSTART),
+        mesh=None,
+        student=SimpleNamespace(start=lambda mesh, seed: Weights()),
+        load_student=load,
+    )
+    judged = Judged(cast(Any, run), cast(Any, None))
+    state = cast(Any, SimpleNamespace(step=7, weights=Weights()))
+    monkeypatch.setattr(Judged, "_evaluate", evaluate)
+    assert judged.between(state) == {"accuracy": 0.5, "mean_tokens": 9.0} and loaded == [7]
+    judged.base(state)
+    assert loaded == [7, 0]
+    head = tmp_path / "evaluations" / "step 7.json"
+    head.parent.mkdir()
+    head.write_text(json.dumps({"settings": judged._settings(), "seconds": 1.0}))
+    judged.between(state)
+    assert loaded == [7, 0]
 
 
 def test_a_damaged_evaluation_is_made_again(tmp_path):

@@ -338,8 +338,8 @@ def export(
 def drafted(out: Path, dtype: str) -> Iterator[Path | None]:
     """A directory that becomes `out` when the block is over; `out` must not exist or be empty.
 
-    Every process of a multi-host run enters; the first one writes, and the others get None. Nothing is left behind by
-    an error.
+    Where several processes hold the weights, all enter; the first one writes, and the others get None. (`mpd-jax
+    export` is one process.) Nothing is left behind by an error.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r} is not allowed; it must be one of {', '.join(DTYPES)}")

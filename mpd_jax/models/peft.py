@@ -151,7 +151,7 @@ def export_adapter(
 ) -> Path:
     """Writes `out`, which PEFT and vLLM load over `base`: a hub id at `revision`, or a directory.
 
-    `out` must not exist or be empty; every process of a multi-host run calls this, and the first one writes.
+    `out` must not exist or be empty. Where several processes hold the adapter, all call this; the first one writes.
     """
     lora = adapted.lora
     with drafted(Path(out), dtype) as draft:

@@ -6,22 +6,29 @@ that was cut short is never taken for a checkpoint. Arrays are pure dicts: the o
 
 import errno
 import itertools
+import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from mpd_jax import hosts
+from mpd_jax.files import write_atomically
 from mpd_jax.train.state import PyTree, RunState
 from mpd_jax.types import UserError
 
 log = logging.getLogger(__name__)
+
+FIGURES = "figures.json"  # of every evaluation while training, by step
+Which = int | Literal["best"]  # a checkpoint: of this step, or the best
 
 
 def to_dicts(state: RunState) -> dict[str, PyTree]:
@@ -39,7 +46,7 @@ def from_dicts(arrays: dict[str, PyTree], like: RunState) -> RunState:
 
 
 class Checkpoints:
-    """Checkpoints of one run: the last `keep` of them, and the best by the figure `keep_best` that it was saved with.
+    """Checkpoints of one run: the last `keep` of them, and the best by the figure `keep_best` of those evaluated.
 
     read_only: another process may be training; nothing is cleaned up or written.
     `on_commit(step)` is called by the saving thread when everything is written and only the renaming is left. `say` is
@@ -60,6 +67,8 @@ class Checkpoints:
         self.directory = (Path(run_dir) / "checkpoints").absolute()
         self._saving: int | None = None
         self._read_only = read_only
+        self._keep_best = keep_best
+        self._arrays, self._run = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
 
         def committed() -> None:
             if on_commit is not None and self._saving is not None:
@@ -73,13 +82,15 @@ class Checkpoints:
             if hosts.is_main() and not read_only:
                 for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
                     shutil.rmtree(unfinished)
-            hosts.gather(None)
+            known = hosts.from_main(lambda: list(_read_figures(self.directory / FIGURES).items()))
+            self._figures: dict[int, dict[str, float]] = dict(known)
             self._manager = ocp.CheckpointManager(
                 self.directory,
-                item_handlers={"arrays": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
+                item_handlers={"arrays": self._arrays, "run": self._run},
                 options=ocp.CheckpointManagerOptions(
-                    best_fn=_better(keep_best) if keep_best else None,
-                    preservation_policy=_preserved(keep, keep_best),
+                    preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                        [checkpoint_managers.LatestN(keep), _Only(self._best_of)]
+                    ),
                     read_only=read_only,
                     create=not read_only,
                     async_options=ocp.options.AsyncOptions(post_finalization_callback=committed),
@@ -90,11 +101,13 @@ class Checkpoints:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: RunState, figures: dict[str, float] | None = None) -> None:
-        """Returns once the arrays are copied off the device, so that they may be donated; the writing goes on.
+    def note(self, step: int, figures: dict[str, float]) -> None:
+        """What an evaluation of the state after `step` updates came to, whether that is saved by then or not."""
+        self._figures[step] = figures
+        write_atomically(self.directory / FIGURES, json.dumps(self._figures))
 
-        figures: what an evaluation of this state came to.
-        """
+    def save(self, state: RunState) -> None:
+        """Returns once the arrays are copied off the device, so that they may be donated; the writing goes on."""
         arrays = to_dicts(state)
         with _saying(self.directory, "written"):
             self._manager.wait_until_finished()
@@ -102,7 +115,6 @@ class Checkpoints:
             self._saving = state.step
             self._manager.save(
                 state.step,
-                metrics=figures,
                 args=ocp.args.Composite(
                     arrays=ocp.args.StandardSave(arrays),
                     run=ocp.args.JsonSave({"step": state.step, "seed": state.seed, "memory": state.memory}),
@@ -113,21 +125,11 @@ class Checkpoints:
         """The newest state that can be read, or None if there is none. `like` (arrays or abstract arrays) says where
         each array goes; what does not fit it is refused. Damaged checkpoints that are newer are put aside."""
         damaged: dict[int, str] = {}
-        steps = hosts.from_main(lambda: [int(step) for step in self._manager.all_steps()])
-        for step in sorted(steps, reverse=True):
-            state, problem = None, None
-            try:
-                state = self._restore(step, self.directory / str(step), like)
-            except UserError:
-                raise
-            except (jax.errors.JaxRuntimeError, MemoryError, PermissionError):  # not the checkpoint's fault
-                raise
-            except Exception as error:  # Orbax and its storage layer have many for a file that is damaged
-                problem = type(error).__name__
-            # A process reads its own shards only.
-            problem = next((other for other in hosts.gather(problem) if other is not None), None)
+        for step in reversed(self._steps()):
+            state, problem = self._read(step, like)
             if problem is None:
                 self._put_aside(damaged, step)
+                self._forget_after(step)
                 return state
             damaged[step] = problem
         if damaged:
@@ -136,7 +138,41 @@ class Checkpoints:
                 f"run.dir: no checkpoint can be read: {said}. Move them away and run the same command again to start "
                 "anew, or bring back one that is whole"
             )
+        self._forget_after(-1)
         return None
+
+    def restore_one(self, like: RunState, which: Which) -> RunState:
+        """A state that was chosen; UserError names those that are there."""
+        steps = self._steps()
+        there = f"there are checkpoints of these steps: {', '.join(map(str, steps))}" if steps else "there is none yet"
+        step = self._best_of(steps) if which == "best" else which
+        if step is None:
+            why = "was evaluated" if self._keep_best else "is known to be best, for the run had no train.keep_best"
+            raise UserError(f"--best: no checkpoint in {self.directory} {why}; give --step instead: {there}")
+        if step not in steps:
+            raise UserError(f"--step: {step} is no checkpoint in {self.directory}; {there}")
+        state, problem = self._read(step, like)
+        if state is None:
+            raise UserError(f"--step: {self.directory / str(step)} cannot be read ({problem}); {there}")
+        return state
+
+    def _steps(self) -> list[int]:
+        return sorted(hosts.from_main(lambda: [int(step) for step in self._manager.all_steps()]))
+
+    def _best_of(self, steps: Sequence[int]) -> int | None:
+        """Of those that were evaluated; the later of two that are equal."""
+        if self._keep_best is None:
+            return None
+        sign = -1 if self._keep_best == "mean_tokens" else 1  # of tokens the fewest are best
+        known = {step: self._figures[step] for step in steps if self._keep_best in self._figures.get(step, ())}
+        ranked = [(sign * figures[self._keep_best], step) for step, figures in known.items()]
+        return max(ranked)[1] if ranked else None
+
+    def _forget_after(self, step: int) -> None:
+        """A run that goes on from `step` may come to other weights after it."""
+        if not self._read_only and any(later > step for later in self._figures):
+            self._figures = {number: figures for number, figures in self._figures.items() if number <= step}
+            write_atomically(self.directory / FIGURES, json.dumps(self._figures))
 
     def _put_aside(self, damaged: dict[int, str], used: int) -> None:
         """Renames checkpoints that could not be read, so that their steps can be saved again; nothing is deleted."""
@@ -153,18 +189,32 @@ class Checkpoints:
             hosts.gather(None)
             self._manager.reload()
 
-    def _restore(self, step: int, where: Path, like: RunState) -> RunState:
-        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+    def _read(self, step: int, like: RunState) -> tuple[RunState | None, str | None]:
+        """The state after `step` updates, or what any process found wrong with it: each reads its own shards only."""
+        state, problem = None, None
+        try:
+            state = self._read_own(epath.Path(self.directory / str(step)), like)
+        except UserError:
+            raise
+        except (jax.errors.JaxRuntimeError, MemoryError, PermissionError):  # not the checkpoint's fault
+            raise
+        except Exception as error:  # Orbax and its storage layer have many for a file that is damaged
+            problem = type(error).__name__
+        problem = next((other for other in hosts.gather(problem) if other is not None), None)
+        return (state, None) if problem is None else (None, problem)
+
+    def _read_own(self, where: epath.Path, like: RunState) -> RunState:
+        """Not through Orbax's manager: its processes wait for each other, and one that fails never comes."""
+        run = self._run.restore(where / "run")
         if run["seed"] != like.seed:
             raise UserError(
                 f"run.seed = {like.seed}: {where} belongs to a run with seed {run['seed']}; "
                 f"set run.seed={run['seed']} to resume it, or choose another run.dir"
             )
         wanted = to_dicts(like)
-        self._refuse_misfits(step, where, wanted)
-        args = ocp.args.Composite(arrays=ocp.args.StandardRestore(jax.tree.map(_abstract, wanted)))
-        arrays = self._manager.restore(step, args=args)["arrays"]
-        state = from_dicts(arrays, like)
+        self._refuse_misfits(where, wanted)
+        args = ocp.args.StandardRestore(jax.tree.map(_abstract, wanted))
+        state = from_dicts(self._arrays.restore(where / "arrays", args=args), like)
         return state._replace(step=run["step"], memory={**like.memory, **run["memory"]})
 
     def wait(self) -> None:
@@ -176,9 +226,9 @@ class Checkpoints:
         with _saying(self.directory, "written"):
             self._manager.close()
 
-    def _refuse_misfits(self, step: int, where: Path, wanted: PyTree) -> None:
+    def _refuse_misfits(self, where: epath.Path, wanted: PyTree) -> None:
         """Orbax would cut or pad an array of another shape, and cast one of another type, without a word."""
-        saved = _kinds(self._manager.item_metadata(step)["arrays"].tree)
+        saved = _kinds(self._arrays.metadata(where / "arrays").tree)
         expected = _kinds(wanted)
         for name in sorted(saved.keys() | expected.keys(), reverse=True):
             if saved.get(name) != expected.get(name):
@@ -189,17 +239,23 @@ class Checkpoints:
                 )
 
 
-def _better(figure: str) -> Callable[[dict[str, float]], float]:
-    """The higher, the better; of tokens the fewest are best."""
-    return lambda figures: -figures[figure] if figure == "mean_tokens" else figures[figure]
+@dataclass(frozen=True)
+class _Only:
+    """Orbax's protocol of what stays: the one checkpoint that `choose` takes of the steps there are, if any."""
+
+    choose: Callable[[Sequence[int]], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        chosen = self.choose([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step == chosen for checkpoint in checkpoints]
 
 
-def _preserved(keep: int, keep_best: str | None) -> Any:
-    last = checkpoint_managers.LatestN(keep)
-    if keep_best is None:
-        return last
-    best = checkpoint_managers.BestN(get_metric_fn=_better(keep_best), n=1, keep_checkpoints_without_metrics=False)
-    return checkpoint_managers.AnyPreservationPolicy([last, best])
+def _read_figures(path: Path) -> dict[int, dict[str, float]]:
+    try:
+        known = json.loads(path.read_text())
+        return {int(step): {name: float(value) for name, value in figures.items()} for step, figures in known.items()}
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):  # absent or damaged: none is known to be best
+        return {}
 
 
 def _require_room(directory: Path, arrays: PyTree) -> None:

@@ -43,8 +43,9 @@ class Parts:
     teacher_weights: what the target is read with, unless the state holds a self copy.
     refresh:        (self copy, student weights, updates done) -> self copy.
     evaluate:       (state) -> its figures by name, after every `eval_every` updates (0: never) but the last, which the
-                    caller measures; the student's sampler has been loaded.
-    profile_steps:  first and last step of the trace under run_dir/profile.
+                    caller measures; the student's sampler has been loaded. Asked again for a state that it has
+                    measured, it answers from what is stored.
+    profile_steps:  first and last step of the trace under run_dir/profile; of several processes each has a directory.
     lookahead:      1: the next step's trajectories are made in a thread while this step trains, by weights one older.
     grade:          share of the written trajectories that are right, if that can be told cheaply.
     """
@@ -81,6 +82,7 @@ def train(parts: Parts, state: RunState) -> RunState:
     try:
         for step in range(state.step, parts.steps):
             hosts.check()
+            run.evaluate(state)
             run.profile(step)
             problems = parts.problems.at(step)
             trajectories = run.trajectories(state, problems)
@@ -89,8 +91,6 @@ def train(parts: Parts, state: RunState) -> RunState:
             state, out = run.update(state, problems, batch)
             state = run.refresh(state)
             run.measure(step, out, problems, trajectories, batch)
-            if parts.eval_every and state.step % parts.eval_every == 0 and state.step < parts.steps:
-                run.evaluate(state)
             if state.step % parts.save_every == 0 or state.step == parts.steps:
                 run.save(state)
         run.settle(behind=0)
@@ -112,7 +112,6 @@ class _Run:
         self.parts = parts
         self.saved = start  # the step that a start would begin with now
         self.loaded: int | None = None
-        self.figures: tuple[int, dict[str, float] | None] = (start, None)  # of the evaluation after that step
         self.held: dict[int, tuple[Sequence[Problem], Batch]] = {}
         self.profiling = False
         self.ahead: Ahead | None = None
@@ -122,7 +121,9 @@ class _Run:
         first, last = self.parts.profile_steps or (0, -1)
         wanted = step is not None and first <= step <= last
         if wanted and not self.profiling:
-            jax.profiler.start_trace(self.parts.run_dir / "profile")
+            where = self.parts.run_dir / "profile"
+            # A trace is named by second and host, and two processes of one host may write theirs in the same second.
+            jax.profiler.start_trace(where if hosts.alone() else where / f"process_{jax.process_index()}")
         elif self.profiling and not wanted:
             if step is not None:
                 self.settle(behind=0)  # the device's work of the last step belongs to it
@@ -245,13 +246,18 @@ class _Run:
         )
 
     def evaluate(self, state: RunState) -> None:
+        """Where it is due, before the next step: a start in the middle of one, or before it, comes to it again."""
+        if not self.parts.eval_every or state.step % self.parts.eval_every or state.step == 0:
+            return
         assert self.parts.evaluate is not None, "eval_every without evaluate"
         self.settle(behind=0)
         if self.ahead is not None:
             self.ahead.wait()  # the same sampler answers with other weights from here on
         self.parts.clock.begin(state.step - 1, "evaluate")
         self.load(state)
-        self.figures = (state.step, self.parts.evaluate(state))
+        figures = self.parts.evaluate(state)
+        if figures is not None:
+            self.parts.checkpoints.note(state.step, figures)
         self.parts.clock.take()()
 
     def save(self, state: RunState) -> None:
@@ -260,8 +266,7 @@ class _Run:
         if state.step == self.saved:
             return
         self.parts.clock.begin(state.step - 1, "save")
-        measured, figures = self.figures
-        self.parts.checkpoints.save(state, figures if measured == state.step else None)
+        self.parts.checkpoints.save(state)
         self.saved = state.step
         self.parts.clock.take()()
 

@@ -71,6 +71,32 @@ def test_export_sample_and_regrade_use_the_trained_student(run_dir, tmp_path, ca
     assert command(capsys, "eval", run_dir, "--regrade", "rules")[0] == 0
 
 
+def test_a_checkpoint_before_the_newest_is_used_where_it_is_asked_for(run_dir, tmp_path, capsys):
+    exported = {}
+    for step in (1, 2):
+        out = tmp_path / str(step)
+        code, _, said = command(capsys, "export", run_dir, out, "--dtype", "float32", "--step", step)
+        assert code == 0 and f"after step {step}" in said
+        exported[step] = load_file(out / "model.safetensors")
+    assert any(np.any(exported[1][name] != exported[2][name]) for name in exported[1])
+    assert command(capsys, "export", run_dir, tmp_path / "newest", "--dtype", "float32")[0] == 0
+    for name, tensor in load_file(tmp_path / "newest" / "model.safetensors").items():
+        np.testing.assert_array_equal(tensor, exported[2][name])
+    for words in (["export", run_dir, tmp_path / "none"], ["sample", run_dir, "--prompt", "1+1?"], ["eval", run_dir]):
+        code, _, error = command(capsys, *words, "--step", 7)
+        assert code == 2 and "--step: 7 is no checkpoint" in error and "steps: 1, 2" in error
+        code, _, error = command(capsys, *words, "--best")
+        assert code == 2 and "--best: no checkpoint" in error and "no train.keep_best" in error and "1, 2" in error
+
+
+def test_what_is_no_training_is_refused_as_one_of_several_processes(run_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    for words in (["export", run_dir, tmp_path / "out"], ["sample", run_dir, "--prompt", "1+1?"], ["eval", run_dir]):
+        code, _, error = command(capsys, *words)
+        assert code == 2 and f"mpd-jax {words[0]}: it was started as one process of several" in error
+
+
 def test_an_adapter_is_trained_and_exported_alone_and_merged(tmp_path, capsys):
     """Against its own switched-off self, so that no teacher is loaded; merged by hand from the exported adapter."""
     from mpd_jax import config, roles, run
@@ -196,6 +222,9 @@ def test_training_brings_the_student_nearer_to_its_target(tmp_path):
         (["train", QUICKSTART, "sampling.writer.max_tokens=5000"], "window"),
         (["train", QUICKSTART, "--processes", "2"], "--coordinator and --process-id: missing"),
         (["eval", "tiny:giant"], "tiny:student"),
+        (["eval", "tiny:student", "--step", "3"], "--step: tiny:student is no run directory"),
+        (["sample", "tiny:student", "--prompt", "1+1?", "--best"], "--best: tiny:student is no run directory"),
+        (["export", ROOT, "out", "--best", "--step", "3"], "--step: 3 and --best"),
         (["eval", "tiny:student", "--out", "/proc/nowhere/out"], "--out: /proc/nowhere/out"),
         (["sample", "tiny:student", "--json"], "--json"),
         (["sample", "x" * 300, "--prompt", "1+1?"], "name too long"),
