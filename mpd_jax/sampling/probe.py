@@ -6,6 +6,7 @@ rounded to the dtype of the files. A server answers them as prompt log-probabili
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -30,8 +31,31 @@ def probe_tokens(samples: Sequence[Sequence[int]], vocab_size: int, seed: int) -
     return tokens
 
 
+@lru_cache(maxsize=4)
+def _compiled(model: Model, mesh: Mesh, dtype: str, merge: bool) -> Any:
+    """(weights, tokens_BT) -> log-probabilities of every token but the first of a row, [B * (T - 1)]."""
+    exact, bits = Model(model.config), jnp.finfo(dtype)
+
+    def logprobs(weights: Weights, tokens_BT: jax.Array) -> jax.Array:
+        weights = model.merged(weights) if merge and "adapter" in weights else weights
+        # Not a cast there and back, which a compiler may leave out.
+        weights = jax.tree.map(
+            lambda w: jax.lax.reduce_precision(w.astype(jnp.float32), bits.nexp, bits.nmant), weights
+        )
+        hidden_BTD = exact.hidden(weights, tokens_BT)[:, :-1]
+        hidden_RD, label_R = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), tokens_BT[:, 1:].reshape(-1)
+        ones_R = jnp.ones(label_R.shape, jnp.float32)
+        _, stats = fused_cross_entropy(hidden_RD, exact.head(weights), label_R, ones_R, mesh=mesh)
+        return -stats["loss"]
+
+    return jax.jit(logprobs, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
 class Probe:
-    """The positions of `tokens_BT`: every token but the first of a row, row after row."""
+    """The positions of `tokens_BT`: every token but the first of a row, row after row.
+
+    dtype: of the weights as servers read them. merge: whether an adapter is merged into them.
+    """
 
     def __init__(self, model: Model, mesh: Mesh, tokens_BT: np.ndarray, dtype: str, merge: bool):
         self.tokens_BT, self._mesh = tokens_BT, mesh
@@ -39,22 +63,7 @@ class Probe:
         self.prompt = np.repeat(np.arange(rows), length - 1)
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self._rows = shards * math.ceil(AT_ONCE / shards)
-        exact = Model(model.config)
-        bits = jnp.finfo(dtype)
-
-        def logprobs(weights: Weights, tokens_BT: jax.Array) -> jax.Array:
-            weights = model.merged(weights) if merge and "adapter" in weights else weights
-            # Not a cast there and back, which a compiler may leave out.
-            weights = jax.tree.map(
-                lambda w: jax.lax.reduce_precision(w.astype(jnp.float32), bits.nexp, bits.nmant), weights
-            )
-            hidden_BTD = exact.hidden(weights, tokens_BT)[:, :-1]
-            rows_RD, label_R = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), tokens_BT[:, 1:].reshape(-1)
-            ones_R = jnp.ones(label_R.shape, jnp.float32)
-            _, stats = fused_cross_entropy(rows_RD, exact.head(weights), label_R, ones_R, mesh=mesh)
-            return -stats["loss"]
-
-        self._logprobs: Any = jax.jit(logprobs, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._logprobs = _compiled(model, mesh, dtype, merge)
 
     def here(self, weights: Weights) -> np.ndarray:
         """Of these weights [N]. Every process takes part."""
