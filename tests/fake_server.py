@@ -453,13 +453,15 @@ class FakeServer:
         entries: list[dict | None] = [None]
         for token, row_V in zip(prompt[1:], rows_TV, strict=False):
             row_V = self._off(row_V)
-            order = np.argsort(-row_V, kind="stable")
-            rank_V = np.empty(len(order), int)
-            rank_V[order] = np.arange(1, len(order) + 1)
+            order = np.argsort(-row_V, kind="stable") if k else ()
             wanted = [token, *(int(i) for i in (order if k == -1 else order[:k]) if int(i) != token)]
             entries.append(
                 {
-                    str(i): {"logprob": float(row_V[i]), "rank": int(rank_V[i]), "decoded_token": _text(i)}
+                    str(i): {
+                        "logprob": float(row_V[i]),
+                        "rank": 1 + int(np.count_nonzero(row_V > row_V[i])),
+                        "decoded_token": _text(i),
+                    }
                     for i in wanted
                 }
             )
