@@ -191,7 +191,7 @@ def sample(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="A run directory, or a model as for `sample`.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="The directory to write; it must not exist.", show_default=False)],
     dtype: Annotated[
         str | None,
@@ -202,14 +202,18 @@ def export(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write the adapter alone, in PEFT's format, instead of merged weights.")
     ] = False,
+    untie: Annotated[
+        bool,
+        typer.Option("--untie", help="Write a head that is the embedding a second time: for servers that get pushes."),
+    ] = False,
     step: Step = None,
     best: Best = False,
 ) -> None:
-    """Write a run's student as a directory that transformers and vLLM load unchanged."""
+    """Write a run's student, or a model, as a directory that transformers and vLLM load unchanged."""
     from mpd_jax import use
 
     _one("export")
-    use.export(source, out, dtype, adapter, _which(step, best))
+    use.export(source, out, dtype, adapter, _which(step, best), untie)
 
 
 @app.command("config")

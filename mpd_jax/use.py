@@ -217,14 +217,25 @@ class _Answerer:
         print(f"\n[{len(ids)} tokens]", flush=True)
 
 
-def export(source: Path, out: Path, dtype: str | None, adapter: bool = False, which: Which | None = None) -> None:
-    """`mpd-jax export`: the student's weights with any adapter merged, or the adapter alone."""
-    if not (source / "config.yaml").is_file():
-        raise UserError(f"{source}: no run directory (it holds no config.yaml); give the run.dir of a training run")
-    settings = config.load(source / "config.yaml")
+def export(
+    source: str,
+    out: Path,
+    dtype: str | None,
+    adapter: bool = False,
+    which: Which | None = None,
+    untie: bool = False,
+) -> None:
+    """`mpd-jax export`: a run's student with any adapter merged, its adapter alone, or any other model."""
+    run_dir = Path(source)
+    if not (run_dir / "config.yaml").is_file():
+        _export_model(source, out, dtype or "bfloat16", adapter, which, untie)
+        return
+    settings = config.load(run_dir / "config.yaml")
     if adapter and settings.student.lora is None:
         raise UserError(f"--adapter: {source} trained all weights, not an adapter; leave --adapter out")
-    restored = build.restored_student(settings, source, which)
+    if adapter and untie:
+        raise UserError("--untie: an adapter holds no head; leave --untie or --adapter out")
+    restored = build.restored_student(settings, run_dir, which)
     files, dtype = restored.files, dtype or ("float32" if adapter else "bfloat16")
     if adapter:
         assert files.adapted is not None, "lora without an adapter"
@@ -232,5 +243,16 @@ def export(source: Path, out: Path, dtype: str | None, adapter: bool = False, wh
         base = settings.student.path if pinned else str(files.directory.absolute())
         export_adapter(out, files.adapted, restored.trained, base, settings.student.revision, dtype=dtype)
     else:
-        export_weights(out, files.directory, files.model, restored.after(), dtype=dtype)
+        export_weights(out, files.directory, files.model, restored.after(), dtype=dtype, untie=untie)
     Screen().say(f"wrote {out} ({dtype}), the student after step {restored.step}")
+
+
+def _export_model(source: str, out: Path, dtype: str, adapter: bool, which: Which | None, untie: bool) -> None:
+    _refuse_choice(source, which)
+    if adapter:
+        raise UserError(f"--adapter: {source} is no run directory (it holds no config.yaml); leave it out")
+    settings = _model_settings(source, None)
+    files = open_model("student", settings.student, settings.recipe.contexts)
+    weights = files.weights(build.make_mesh(settings.mesh))
+    export_weights(out, files.directory, files.model, weights, dtype=dtype, untie=untie)
+    Screen().say(f"wrote {out} ({dtype})")
