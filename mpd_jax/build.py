@@ -249,6 +249,7 @@ def _fingerprint(config: RunConfig) -> str:
         "sampling.prefill_chunk",
         "sampling.prefill_rows",
         "sampling.lookahead",
+        *(f"sampling.server.{how}" for how in ("concurrency", "timeout_s", "patience_s", "key")),
         *(f"{model}.{how}" for model in ("student", "teacher", "rewriter") for how in ("remat", "attention", "serve")),
         "train.micro_batches",
         "train.row_length",

@@ -21,6 +21,7 @@ from mpd_jax.models.config import ModelSpec
 from mpd_jax.models.lora import StudentSpec
 from mpd_jax.recipe.recipe import Recipe, validate
 from mpd_jax.sampling.sampler import SamplingConfig
+from mpd_jax.sampling.wire import ServerConfig
 from mpd_jax.sharding import MeshConfig
 from mpd_jax.train.state import TrainConfig
 from mpd_jax.types import UserError
@@ -48,7 +49,7 @@ class RunSection:
 
 @dataclass(frozen=True)
 class SamplingSection:
-    """Sampling per role, and the shape of the JAX sampler that serves them.
+    """Sampling per role, the shape of the JAX sampler that serves them, and how servers are asked that do (`serve`).
 
     lookahead: 1 lets the next step's rollouts and rewriting run while this step trains, by weights that are one update
     old; 0 is strictly on-policy. Whoever writes or rewrites must then be served elsewhere (`serve`).
@@ -63,6 +64,7 @@ class SamplingSection:
     prefill_chunk: int = 128
     prefill_rows: int = 4
     lookahead: int = 0
+    server: ServerConfig = field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
         for name in ("slots", "prompt_tokens", "prefill_chunk", "prefill_rows"):
