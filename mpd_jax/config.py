@@ -94,6 +94,23 @@ class RunConfig:
         """Whether train.steps only says when to stop; a falling learning rate depends on it."""
         return self.train.schedule == "constant"
 
+    @property
+    def voices(self) -> tuple[str, ...]:
+        """The sections whose models write and rewrite."""
+        write, rewrite = self.recipe.write.by, self.recipe.rewrite
+        named = "rewriter" if self.rewriter and rewrite.by == "teacher" else rewrite.by
+        return (*([write] if write != "dataset" else []), *([named] if rewrite.how == "compress" else []))
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether run.seed decides every random draw: it does not on servers that are sent no seed.
+
+        Of rounding it says nothing: where other devices, or the other requests in a server's batch, change the last
+        bits of a logit, a draw that was close falls otherwise.
+        """
+        asked = (getattr(self, name) for name in {"student", *self.voices})  # the student, to be evaluated
+        return self.sampling.server.seed == "request" or not any(section.servers for section in asked)
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML keeps the last of two equal keys in silence; a config must not."""
@@ -281,10 +298,7 @@ def _check_roles(config: RunConfig) -> None:
 
 def _check_serving(config: RunConfig) -> None:
     """Addresses are such, and a look-ahead samples nothing on the devices that train."""
-    recipe, sections = (
-        config.recipe,
-        {"student": config.student, "teacher": config.teacher, "rewriter": config.rewriter},
-    )
+    sections = {"student": config.student, "teacher": config.teacher, "rewriter": config.rewriter}
     for name, section in sections.items():
         if section is None or section.serve == "jax":
             continue
@@ -296,10 +310,7 @@ def _check_serving(config: RunConfig) -> None:
             )
     if not config.sampling.lookahead:
         return
-    by = [recipe.write.by] if recipe.write.by != "dataset" else []
-    if recipe.rewrite.how == "compress":
-        by.append("rewriter" if config.rewriter and recipe.rewrite.by == "teacher" else recipe.rewrite.by)
-    for name in by:
+    for name in config.voices:
         section = sections[name]
         if section is not None and section.serve == "jax":
             raise UserError(

@@ -298,8 +298,10 @@ def test_a_killed_call_asks_only_for_what_it_lacks(tmp_path, expected):
         assert sampler(tmp_path, server).sample(REQUESTS, SAMPLED, done.append) == expected
         assert len(asked(server)) == len(REQUESTS) - 10
         assert done[0] == 10 and done[-1] == len(REQUESTS) and done == sorted(done)
+        done.clear()
         server.kill()  # what is whole on disk needs no server
-        assert sampler(tmp_path, server).sample(REQUESTS, SAMPLED) == expected
+        assert sampler(tmp_path, server).sample(REQUESTS, SAMPLED, done.append) == expected
+        assert done == [len(REQUESTS)]
 
 
 @pytest.mark.parametrize("damage", [b'["0a', b"\xff\xfe\n", b'{"a": 1}\n', b"[1, 2, 3]\n"])
@@ -336,11 +338,14 @@ class Pushed:
     """Adapters by version, as a push would load them."""
 
     def __init__(self, server):
-        self.server, self.model_name, self.admitted = server, "", []
+        self.server, self.name, self.admitted = server, "", []
+
+    def model_name(self):
+        return self.name
 
     def push(self, trained, version):
-        self.model_name = f"version-{version}"
-        self.server.adapters = {self.model_name: trained}
+        self.name = f"version-{version}"
+        self.server.adapters = {self.name: trained}
 
     def admit(self, url):
         self.admitted.append(url)
@@ -357,7 +362,7 @@ def test_weights_are_pushed_before_they_are_sampled_from_and_their_name_is_asked
         made.load(bigram(1, VOCAB, scale=1.5), 4)
         assert made.sample(REQUESTS, SAMPLED) == expected
         made.load(None, 5)  # what another sampler of the same servers has pushed
-        assert made.version == 5 and push.model_name == "version-4"
+        assert made.version == 5 and push.name == "version-4"
 
 
 @contextmanager

@@ -27,7 +27,6 @@ ROUNDING = 1e-3  # by which a log-probability may exceed 0
 class Push(Protocol):
     """What brings the weights that train to the servers of their model."""
 
-    @property
     def model_name(self) -> str:
         """Under which the servers hold the weights pushed last."""
         ...
@@ -73,7 +72,7 @@ class VLLMSampler:
         self.version = version
 
     def model_name(self) -> str:
-        return self._push.model_name if self._push is not None else self.servers.model
+        return self._push.model_name() if self._push is not None else self.servers.model
 
     def sample(
         self,
