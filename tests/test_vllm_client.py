@@ -13,6 +13,7 @@ from mpd_jax.sampling.servers import ServerConfig, ServerError, Servers
 from mpd_jax.sampling.vllm_client import VLLMSampler
 from mpd_jax.types import UserError
 from tests.fake_server import FakeServer, bigram
+from tests.test_hosts import finish, start
 
 VOCAB, EOS = 64, 48
 SAMPLED = SamplingConfig(temperature=0.7, top_p=0.9, top_k=20, max_tokens=12)
@@ -383,3 +384,31 @@ def test_a_stop_ends_the_call_and_what_is_there_stays(tmp_path, expected):
             server.seen.clear()
         assert sampler(tmp_path, *servers).sample(REQUESTS, SAMPLED) == expected
         assert sum(len(asked(server)) for server in servers) == len(REQUESTS) - kept
+
+
+def test_process_0_asks_and_the_others_hear_in_the_thread_that_looks_ahead_too(tmp_path, expected):
+    body = """
+import threading
+from pathlib import Path
+from tests.test_vllm_client import REQUESTS, SAMPLED, sampler
+class At:
+    url = "{url}"
+made = sampler(Path("{spill}"), At)
+def answer():
+    say(made.sample(REQUESTS, SAMPLED))
+ahead = threading.Thread(target=answer, name="look-ahead")
+ahead.start()
+hosts.check()
+ahead.join()
+At.url += "/nowhere"
+sampler(Path("{spill}"), At, settings="other").sample(REQUESTS, SAMPLED)
+"""
+    with fake() as server:
+        processes = start(body.replace("{url}", server.url).replace("{spill}", str(tmp_path)))
+        ended = finish(processes)
+        assert len(asked(server)) == len(REQUESTS)
+    assert [code for code, _, _ in ended] == [2, 2]
+    for _, said, _ in ended:
+        first, second = said.splitlines()
+        assert first == repr(expected)
+        assert second.startswith(f"refused {server.url}/nowhere: this is no vLLM server")
