@@ -21,6 +21,7 @@ from mpd_jax.models.config import ModelSpec
 from mpd_jax.models.lora import StudentSpec
 from mpd_jax.recipe.recipe import Recipe, validate
 from mpd_jax.sampling.sampler import SamplingConfig
+from mpd_jax.sampling.wire import ServerConfig
 from mpd_jax.sharding import MeshConfig
 from mpd_jax.train.state import TrainConfig
 from mpd_jax.types import UserError
@@ -48,7 +49,7 @@ class RunSection:
 
 @dataclass(frozen=True)
 class SamplingSection:
-    """Sampling per role, and the shape of the JAX sampler that serves them.
+    """Sampling per role, the shape of the JAX sampler that serves them, and how servers are asked that do (`serve`).
 
     lookahead: 1 lets the next step's rollouts and rewriting run while this step trains, by weights that are one update
     old; 0 is strictly on-policy. Whoever writes or rewrites must then be served elsewhere (`serve`).
@@ -63,6 +64,7 @@ class SamplingSection:
     prefill_chunk: int = 128
     prefill_rows: int = 4
     lookahead: int = 0
+    server: ServerConfig = field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
         for name in ("slots", "prompt_tokens", "prefill_chunk", "prefill_rows"):
@@ -91,6 +93,23 @@ class RunConfig:
     def steps_are_free(self) -> bool:
         """Whether train.steps only says when to stop; a falling learning rate depends on it."""
         return self.train.schedule == "constant"
+
+    @property
+    def voices(self) -> tuple[str, ...]:
+        """The sections whose models write and rewrite."""
+        write, rewrite = self.recipe.write.by, self.recipe.rewrite
+        named = "rewriter" if self.rewriter and rewrite.by == "teacher" else rewrite.by
+        return (*([write] if write != "dataset" else []), *([named] if rewrite.how == "compress" else []))
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether run.seed decides every random draw: it does not on servers that are sent no seed.
+
+        Of rounding it says nothing: where other devices, or the other requests in a server's batch, change the last
+        bits of a logit, a draw that was close falls otherwise.
+        """
+        asked = (getattr(self, name) for name in {"student", *self.voices})  # the student, to be evaluated
+        return self.sampling.server.seed == "request" or not any(section.servers for section in asked)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -279,10 +298,7 @@ def _check_roles(config: RunConfig) -> None:
 
 def _check_serving(config: RunConfig) -> None:
     """Addresses are such, and a look-ahead samples nothing on the devices that train."""
-    recipe, sections = (
-        config.recipe,
-        {"student": config.student, "teacher": config.teacher, "rewriter": config.rewriter},
-    )
+    sections = {"student": config.student, "teacher": config.teacher, "rewriter": config.rewriter}
     for name, section in sections.items():
         if section is None or section.serve == "jax":
             continue
@@ -294,10 +310,7 @@ def _check_serving(config: RunConfig) -> None:
             )
     if not config.sampling.lookahead:
         return
-    by = [recipe.write.by] if recipe.write.by != "dataset" else []
-    if recipe.rewrite.how == "compress":
-        by.append("rewriter" if config.rewriter and recipe.rewrite.by == "teacher" else recipe.rewrite.by)
-    for name in by:
+    for name in config.voices:
         section = sections[name]
         if section is not None and section.serve == "jax":
             raise UserError(
