@@ -27,6 +27,14 @@ class Problem:
     response: str | None = None
 
 
+class TopK(NamedTuple):
+    """What a target says before each response token: its K most likely ids, the best first, and their
+    log-probabilities at temperature 1 over its whole vocabulary (int32, float32)."""
+
+    ids_RK: np.ndarray
+    logprobs_RK: np.ndarray
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """A response with its provenance. Ids are what a model sampled; they are never encoded a second time.

@@ -122,7 +122,7 @@ def _local(spec: Spec, with_gradient: bool, h_RD, W_VD, other, weight_R):
         h_cD = _unpack(jnp.where(used[:, None], h_cD, 0), h_RD)
         s_cV = _logits(spec, h_cD, W_VD, column_V)
         if spec.loss is None:
-            loss_c, stats, slope_cV = _cross_entropy(spec, s_cV, *rows_c, column_V)
+            loss_c, stats, slope_cV = _cross_entropy(spec, s_cV, rows_c[0], column_V)
         elif spec.top:
             ids_cK, logprobs_cK = rows_c
             logprobs_cK = jnp.where(used[:, None], logprobs_cK, 0)
