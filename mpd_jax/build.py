@@ -28,6 +28,7 @@ from mpd_jax.recipe.recipe import Recipe
 from mpd_jax.roles import ModelFiles, Roles, open_model, open_roles
 from mpd_jax.samplers import Samplers, load_frozen, make_samplers
 from mpd_jax.sampling.sampler import Sampler
+from mpd_jax.scoring import scoring
 from mpd_jax.sharding import MeshConfig, make_mesh, tree_shardings
 from mpd_jax.train.checkpoint import Checkpoints, Which
 from mpd_jax.train.loop import Parts
@@ -134,6 +135,7 @@ def build(
     check_sizes(config, roles, mesh, [*training, *heldout[: config.eval.problems]])
     hosts.require_same("the config, the problems or the version of mpd-jax", _digest(config, training, heldout))
 
+    score = scoring(config, roles, progress, say)
     student = roles.student
     with ExitStack() as stack:
         phases = PhaseLog(run_dir / "phase.log")
@@ -174,6 +176,7 @@ def build(
             records=Records(run_dir, config.run.seed, _fingerprint(config)),
             metrics=metrics,
             clock=clock,
+            score=score,
             teacher_weights=teacher_weights if target_files is roles.teacher else None,
             refresh=partial(target.refresh, config.recipe.target),
             profile_steps=config.train.profile_steps,
@@ -186,7 +189,7 @@ def build(
 
 def update_of(config: RunConfig, roles: Roles, mesh: Mesh) -> Update:
     """The update of the run, jitted; it compiles for weights and batches that are only shapes, too."""
-    target_files = roles.target(config.recipe)
+    target_files = roles.target_here(config.recipe)
     return make_update(
         roles.student.trains,
         target_files.model if target_files else None,

@@ -21,6 +21,7 @@ from mpd_jax.models.config import ModelSpec
 from mpd_jax.models.lora import StudentSpec
 from mpd_jax.recipe.recipe import Recipe, validate
 from mpd_jax.sampling.sampler import SamplingConfig
+from mpd_jax.sampling.wire import ServerConfig
 from mpd_jax.sharding import MeshConfig
 from mpd_jax.train.state import TrainConfig
 from mpd_jax.types import UserError
@@ -63,6 +64,7 @@ class SamplingSection:
     prefill_chunk: int = 128
     prefill_rows: int = 4
     lookahead: int = 0
+    server: ServerConfig = field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
         for name in ("slots", "prompt_tokens", "prefill_chunk", "prefill_rows"):
@@ -292,6 +294,11 @@ def _check_serving(config: RunConfig) -> None:
                 f"{name}.serve: {section.serve!r} is not allowed; give jax, the address of a vLLM server such as "
                 "http://host:8000, or a list of different ones (a key stands in the environment, not in the address)"
             )
+    if recipe.target.top_k and config.teacher and config.teacher.serve == "jax":
+        raise UserError(
+            f"recipe.target.top_k: {recipe.target.top_k} asks the teacher's servers, and teacher.serve is jax; set that to "
+            "the address of a vLLM server that holds the teacher, or top_k=0, which reads it on the mesh, exactly"
+        )
     if not config.sampling.lookahead:
         return
     by = [recipe.write.by] if recipe.write.by != "dataset" else []

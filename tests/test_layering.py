@@ -19,7 +19,7 @@ LAYERS = [
     {"config"},
     {"screen"},
     {"roles"},
-    {"batches", "samplers"},
+    {"batches", "samplers", "scoring"},
     {"build"},
     {"run"},
     {"use"},
