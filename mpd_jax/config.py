@@ -296,8 +296,8 @@ def _check_serving(config: RunConfig) -> None:
             )
     if recipe.target.top_k and config.teacher and config.teacher.serve == "jax":
         raise UserError(
-            f"recipe.target.top_k: {recipe.target.top_k} asks the teacher's servers, and teacher.serve is jax; set that to "
-            "the address of a vLLM server that holds the teacher, or top_k=0, which reads it on the mesh, exactly"
+            f"recipe.target.top_k: {recipe.target.top_k} asks the teacher's servers, and teacher.serve is jax; set it "
+            "to the address of a vLLM server that holds the teacher, or top_k=0, which reads it on the mesh"
         )
     if not config.sampling.lookahead:
         return
