@@ -40,6 +40,8 @@ def batch_of(
     prompts: dict[str, tuple[int, ...]] | None,
 ) -> tuple[Batch, BatchReport]:
     """The arrays of these trajectories as this run packs them; `prompts`: what the target reads before each problem."""
+    top_k = config.recipe.target.top_k
+    reading = (student, None if top_k else target_files)
     return to_batch(
         problems,
         trajectories,
@@ -49,5 +51,6 @@ def batch_of(
         eos_ids=student.eos_ids,
         row_length=config.train.row_length,
         multiple=mesh.shape["data"] * mesh.shape["fsdp"] * config.train.micro_batches,
-        alone=not all(takes_segments(files.model.on(mesh).attention) for files in (student, target_files) if files),
+        alone=not all(takes_segments(files.model.on(mesh).attention) for files in reading if files),
+        top_k=top_k,
     )

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,15 @@ from mpd_jax.config import RunConfig, flat, under
 from mpd_jax.data.chat import Chat, Contexts
 from mpd_jax.data.problems import ProblemsConfig, ProblemSet, read, refuse_overlap
 from mpd_jax.eval.grade import GraderPool, grade
+from mpd_jax.files import Lines
 from mpd_jax.recipe import rewrite, target, write
 from mpd_jax.recipe.recipe import Recipe
 from mpd_jax.roles import ModelFiles, Roles, open_model, open_roles
 from mpd_jax.samplers import Samplers, load_frozen, make_samplers
+from mpd_jax.sampling.probe import PROMPTS
 from mpd_jax.sampling.sampler import Sampler
+from mpd_jax.sampling.weight_push import WeightPush
+from mpd_jax.scoring import scoring
 from mpd_jax.serving import Secrets, Serving
 from mpd_jax.sharding import MeshConfig, make_mesh, tree_shardings
 from mpd_jax.train.checkpoint import Checkpoints, Which
@@ -125,6 +129,34 @@ def check_sizes(config: RunConfig, roles: Roles, mesh: Mesh, problems: Sequence[
 Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
 
 
+def _push(
+    config: RunConfig,
+    mesh: Mesh,
+    whole: Callable[[Any], Any],
+    run_dir: Path,
+    training: Sequence[Problem],
+    stack: ExitStack,
+    say: Say,
+    student: ModelFiles,
+    key: str | None,
+) -> WeightPush:
+    """What brings the student to its servers. It is proved on prompts of the run; each push is a line on disk."""
+    lines = stack.enter_context(closing(Lines(run_dir / "pushes.jsonl")))
+    return WeightPush(
+        student,
+        whole,
+        mesh,
+        run_dir,
+        [student.chat.prompt("plain", problem) for problem in training[:PROMPTS]],
+        server=config.sampling.server,
+        key=key,
+        config=config.sampling.push,
+        seed=config.run.seed,
+        say=say,
+        note=lambda report: lines.add(json.dumps(dataclasses.asdict(report))),
+    )
+
+
 def build(
     config: RunConfig,
     run_dir: Path,
@@ -143,7 +175,6 @@ def build(
     hosts.require_same("the config, the problems or the version of mpd-jax", _digest(config, training, heldout))
 
     settings = _fingerprint(config)
-    serving = Serving(config, run_dir, settings, secrets=secrets, say=say, progress=progress)
     student = roles.student
     with ExitStack() as stack:
         phases = PhaseLog(run_dir / "phase.log")
@@ -162,6 +193,9 @@ def build(
         metrics, clock = Metrics(run_dir, state.step, live), Clock(phases)
         stack.callback(metrics.close)
         stack.callback(clock.close)
+        push = partial(_push, config, mesh, whole, run_dir, training, stack, say)
+        serving = Serving(config, run_dir, settings, secrets=secrets, say=say, progress=progress, push=push)
+        score = scoring(config, roles, serving.servers, progress)
         teacher = roles.teacher_here(config.recipe)
         teacher_weights = teacher.weights(mesh) if teacher else None
         samplers = make_samplers(config, roles, mesh, whole, serving.sampler)
@@ -184,6 +218,7 @@ def build(
             records=Records(run_dir, config.run.seed, settings),
             metrics=metrics,
             clock=clock,
+            score=score,
             teacher_weights=teacher_weights if target_files is roles.teacher else None,
             refresh=partial(target.refresh, config.recipe.target),
             profile_steps=config.train.profile_steps,
@@ -198,7 +233,7 @@ def build(
 
 def update_of(config: RunConfig, roles: Roles, mesh: Mesh) -> Update:
     """The update of the run, jitted; it compiles for weights and batches that are only shapes, too."""
-    target_files = roles.target(config.recipe)
+    target_files = roles.target_here(config.recipe)
     return make_update(
         roles.student.trains,
         target_files.model if target_files else None,
@@ -261,7 +296,8 @@ def _fingerprint(config: RunConfig) -> str:
         "sampling.prefill_chunk",
         "sampling.prefill_rows",
         "sampling.lookahead",
-        *(f"sampling.server.{how}" for how in ("concurrency", "timeout_s", "patience_s", "key")),
+        *(f"sampling.server.{how}" for how in ("concurrency", "score_tokens", "timeout_s", "patience_s", "key")),
+        *(f"sampling.push.{how}" for how in ("way", "directory", "seen_as", "restart", "timeout_s")),
         *(f"{model}.{how}" for model in ("student", "teacher", "rewriter") for how in ("remat", "attention", "serve")),
         "train.micro_batches",
         "train.row_length",

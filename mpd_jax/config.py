@@ -21,6 +21,7 @@ from mpd_jax.models.config import ModelSpec
 from mpd_jax.models.lora import StudentSpec
 from mpd_jax.recipe.recipe import Recipe, validate
 from mpd_jax.sampling.sampler import SamplingConfig
+from mpd_jax.sampling.ways import PushConfig
 from mpd_jax.sampling.wire import ServerConfig
 from mpd_jax.sharding import MeshConfig
 from mpd_jax.train.state import TrainConfig
@@ -65,6 +66,7 @@ class SamplingSection:
     prefill_rows: int = 4
     lookahead: int = 0
     server: ServerConfig = field(default_factory=ServerConfig)
+    push: PushConfig = field(default_factory=PushConfig)
 
     def __post_init__(self) -> None:
         for name in ("slots", "prompt_tokens", "prefill_chunk", "prefill_rows"):
@@ -308,6 +310,12 @@ def _check_serving(config: RunConfig) -> None:
                 f"{name}.serve: {section.serve!r} is not allowed; give jax, the address of a vLLM server such as "
                 "http://host:8000, or a list of different ones (a key stands in the environment, not in the address)"
             )
+    top_k = config.recipe.target.top_k
+    if top_k and config.teacher and config.teacher.serve == "jax":
+        raise UserError(
+            f"recipe.target.top_k: {top_k} asks the teacher's servers, and teacher.serve is jax; set it "
+            "to the address of a vLLM server that holds the teacher, or top_k=0, which reads it on the mesh"
+        )
     if not config.sampling.lookahead:
         return
     for name in config.voices:

@@ -123,9 +123,13 @@ class Roles:
             return None
         return self.teacher if recipe.target.weights == "teacher" else self.student
 
+    def target_here(self, recipe: Recipe) -> ModelFiles | None:
+        """The target, if it is read on the mesh."""
+        return None if recipe.target.top_k else self.target(recipe)
+
     def teacher_here(self, recipe: Recipe) -> ModelFiles | None:
         """The teacher, if its weights are needed on the mesh: to be read as the target, or to answer unserved."""
-        read = recipe.target.weights == "teacher"
+        read = self.target_here(recipe) is self.teacher
         return self.teacher if self.teacher and (read or not self.teacher.serve) else None
 
 

@@ -4,7 +4,7 @@ Shape legend, used in every array name (`x_BTD`): B batch rows, T sequence, R re
 width (E: the target's width), N query heads, K key-value heads, H head size, F feed-forward, L layers, S cache slots.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -27,6 +27,14 @@ class Problem:
     response: str | None = None
 
 
+class TopK(NamedTuple):
+    """What a target says before each response token: its K most likely ids, the best first, and their
+    log-probabilities at temperature 1 over its whole vocabulary (int32, float32)."""
+
+    ids_RK: np.ndarray
+    logprobs_RK: np.ndarray
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """A response with its provenance. Ids are what a model sampled; they are never encoded a second time.
@@ -35,6 +43,8 @@ class Trajectory:
     verdict: why a rewrite was kept, replaced by its original or dropped; "written" where nobody rewrote.
     dropped: True keeps the trajectory in the records and out of the batch.
     logprobs: the writer's own log-probability of each response token at temperature 1, or empty.
+    target: what a target on servers says of the response. It is not in the records: a target that never changes says it
+    again, and it is a hundred times as long as the ids.
     """
 
     problem_id: str
@@ -48,6 +58,7 @@ class Trajectory:
     dropped: bool = False
     original: "Trajectory | None" = None
     logprobs: tuple[float, ...] = ()
+    target: TopK | None = field(default=None, compare=False, repr=False)
 
 
 class Batch(NamedTuple):
@@ -61,6 +72,8 @@ class Batch(NamedTuple):
     response_BR          int32, the response ids.
     index_BR             int32, the number of that token in its own response, from 0 on.
     weight_BR            float32, 0 at padding; the reduction is inside it (1 / global token count for a token mean).
+    top_ids_BRK, top_logprobs_BRK   what a target on servers says before each response token, ids of -1 at padding; None
+                         if it is read on the mesh. Where they are, the target's other arrays are as with none.
     """
 
     student_tokens_BT: Array
@@ -72,3 +85,5 @@ class Batch(NamedTuple):
     response_BR: Array
     index_BR: Array
     weight_BR: Array
+    top_ids_BRK: Array | None = None
+    top_logprobs_BRK: Array | None = None

@@ -20,6 +20,7 @@ LAYERS = [
     {"screen"},
     {"roles"},
     {"batches", "samplers", "serving"},
+    {"scoring"},
     {"build"},
     {"run"},
     {"use"},

@@ -41,27 +41,25 @@ def to_batch(
     row_length: int | None = None,
     multiple: int = 1,
     alone: bool = False,
+    top_k: int = 0,
 ) -> tuple[Batch, BatchReport]:
     """The trajectories that were not dropped, as arrays, and a report.
 
     target_prompts: problem id -> the ids the target reads before the response; None where there is no target.
+    top_k: above 0 the target has read them elsewhere, and its say is in the trajectories.
     row_length, multiple, alone: as `pack` takes them; rows of max_length unless told. Rows that nothing fills have
     weight 0. Unpacked, rows are in the order of problem and attempt.
     """
     order = {problem.id: at for at, problem in enumerate(problems)}
     live = [t for t in trajectories if not t.dropped]
     live.sort(key=lambda t: (order[t.problem_id], t.attempt))
-    targets = target_prompts or {}
-
-    def longest(t: Trajectory) -> int:
-        return max(len(t.prompt), len(targets.get(t.problem_id, ()))) + len(t.response)
-
-    kept = [t for t in live if longest(t) <= max_length]
+    kept = fitting(live, target_prompts, max_length)
+    targets = None if top_k else target_prompts
     for t in kept:
         _check_ends(t, eos_ids)
     responses = [t.response for t in kept]
     students = [t.prompt for t in kept]
-    readers = students if target_prompts is None else [targets[t.problem_id] for t in kept]
+    readers = students if targets is None else [targets[t.problem_id] for t in kept]
     student, target = (
         [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)] for prompts in (students, readers)
     )
@@ -71,7 +69,7 @@ def to_batch(
     side = partial(_side, packing.members, responses)
     slots = packing.rows, packing.responses
     student_arrays = side(students, (packing.rows, packing.student), slots)
-    if target_prompts is None:
+    if targets is None:
         empty = np.zeros((packing.rows, 1), np.int32)
         target_arrays = empty, empty, student_arrays[2]
     else:
@@ -79,7 +77,21 @@ def to_batch(
     response_BR, index_BR, live_BR = _slots(packing.members, responses, slots)
     weight = _weight(reduction, int(live_BR.sum()))
     batch = Batch(*student_arrays, *target_arrays, response_BR, index_BR, np.where(live_BR, weight, np.float32(0)))
+    if top_k:
+        batch = batch._replace(**_tops(packing.members, kept, slots, top_k))
     return batch, BatchReport(len(kept), int(live_BR.sum()), len(live) - len(kept))
+
+
+def fitting(
+    trajectories: Sequence[Trajectory], target_prompts: Mapping[str, Sequence[int]] | None, max_length: int
+) -> list[Trajectory]:
+    """Those that are trained on: not dropped, and no longer than max_length for whoever reads them."""
+    targets = target_prompts or {}
+
+    def longest(t: Trajectory) -> int:
+        return max(len(t.prompt), len(targets.get(t.problem_id, ()))) + len(t.response)
+
+    return [t for t in trajectories if not t.dropped and longest(t) <= max_length]
 
 
 def _weight(reduction: str, tokens: int) -> np.float32:
@@ -136,3 +148,13 @@ def _slots(
         index_BR[row, slot] = np.arange(len(responses[at]))
         live_BR[row, slot] = True
     return response_BR, index_BR, live_BR
+
+
+def _tops(members: Members, kept: Sequence[Trajectory], slots: tuple[int, int], k: int) -> dict[str, np.ndarray]:
+    """What the target says before each response token, (B, R, K)."""
+    ids_BRK, logprobs_BRK = np.full((*slots, k), -1, np.int32), np.zeros((*slots, k), np.float32)
+    for at, row, _, slot in _placed(members, [len(t.response) for t in kept]):
+        top, wanted = kept[at].target, (len(kept[at].response), k)
+        assert top is not None and top.ids_RK.shape == top.logprobs_RK.shape == wanted, (kept[at].problem_id, wanted)
+        ids_BRK[row, slot], logprobs_BRK[row, slot] = top
+    return {"top_ids_BRK": ids_BRK, "top_logprobs_BRK": logprobs_BRK}

@@ -24,7 +24,7 @@ from mpd_jax.sampling.jax_sampler import JaxSampler, Settings, _decode, _prefill
 from mpd_jax.sampling.sampler import SamplingConfig
 from mpd_jax.sharding import batch_sharding
 from mpd_jax.train.state import RunState, Trained
-from mpd_jax.types import Batch, Problem, Trajectory
+from mpd_jax.types import Batch, Problem, TopK, Trajectory
 
 Parts = dict[str, Any]  # name -> tree of abstract arrays
 ELSEWHERE: Any = object()  # in a sampler's place: the model answers from servers, and costs the mesh nothing
@@ -99,7 +99,7 @@ def live(config: RunConfig, roles: Roles, mesh: Mesh, samplers: Samplers) -> Liv
     if copies:
         parts["decode copies"] = copies
     target = _whole(base, state.self_weights) if recipe.target.is_self else teacher
-    return Live(state, base, target if roles.target(recipe) else None, parts, decode)
+    return Live(state, base, target if roles.target_here(recipe) else None, parts, decode)
 
 
 def _whole(base: Any, trained: Any) -> Any:
@@ -166,7 +166,9 @@ def longest_batch(config: RunConfig, roles: Roles, mesh: Mesh, response: int) ->
     rows, prompt = config.train.batch_size * config.recipe.write.attempts, (0,) * config.sampling.prompt_tokens
     problems = [Problem(str(row), "") for row in range(rows)]
     ended = "stopped" if 1 in roles.student.eos_ids else "cut"
-    written = [Trajectory(p.id, 0, prompt, (1,) * response, "student", 0, ended) for p in problems]
+    say = np.zeros((response, config.recipe.target.top_k), np.int32)
+    top = TopK(say, say.astype(np.float32))
+    written = [Trajectory(p.id, 0, prompt, (1,) * response, "student", 0, ended, target=top) for p in problems]
     target = roles.target(config.recipe)
     prompts = {p.id: prompt for p in problems} if target else None
     batch, report = batch_of(config, mesh, roles.student, target, problems, written, prompts)
@@ -176,7 +178,7 @@ def longest_batch(config: RunConfig, roles: Roles, mesh: Mesh, response: int) ->
 
 
 def _train(name: str, config: RunConfig, roles: Roles, mesh: Mesh, held: Live, update: Any, response: int) -> Phase:
-    student, target = roles.student.model.on(mesh), roles.target(config.recipe)
+    student, target = roles.student.model.on(mesh), roles.target_here(config.recipe)
     batch = longest_batch(config, roles, mesh, response)
     rows, length = batch.student_tokens_BT.shape
     trained = Trained(held.state.weights, held.state.opt_state)

@@ -78,7 +78,7 @@ def _smaller_cache(config: RunConfig, roles: Roles, mesh: Mesh) -> str:
 
 def _less_in_the_step(config: RunConfig, roles: Roles, mesh: Mesh, phase: Measured) -> str:
     student, pieces = config.student, config.train.micro_batches
-    target = roles.target(config.recipe)
+    target = roles.target_here(config.recipe)
     if student.remat != "full":
         return f"set student.remat=full (now {student.remat})"
     at_most = phase.sizes["rows"] // shards(mesh)

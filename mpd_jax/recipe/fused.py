@@ -7,7 +7,7 @@ before it, single numbers a row are summed over tensor in it, gradients are summ
 being one device's; c is a chunk's rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,16 @@ ABSENT = -1e30
 
 @dataclass(frozen=True)
 class Spec:
-    """What is static about one call. loss None is cross-entropy; vocab_size None means that no column is padding."""
+    """What is static about one call. loss None is cross-entropy; vocab_size None means that no column is padding.
+
+    top: the target is known by its most likely ids, not by hidden states and a head.
+    """
 
     loss: "LossConfig | None"
     mesh: Mesh | None
     vocab_size: int | None
     chunk: int
+    top: bool = False
 
     def axis_size(self, name: str) -> int:
         return self.mesh.shape.get(name, 1) if self.mesh is not None else 1
@@ -53,11 +57,16 @@ class Spec:
         shards = self.axis_size("fsdp")
         return P(self.vocab_axis, "fsdp" if shards > 1 and width % shards == 0 else None)
 
+    @property
+    def by_row(self) -> int:
+        """How many of the arrays that stand for the target have a row for each of the student's, the first ones."""
+        return 2 if self.top else 1
+
     def placement(self, h_RD, other) -> tuple:
         """How the arguments of `fused_loss` lie on the mesh."""
         rows = P(self.row_axes or None)
-        others = (rows,) if self.loss is None else (rows, self.head_spec(other[0].shape[1]))
-        return rows, self.head_spec(h_RD.shape[1]), others, rows
+        heads = (self.head_spec(other[0].shape[1]),) if len(other) > self.by_row else ()
+        return rows, self.head_spec(h_RD.shape[1]), (rows,) * self.by_row + heads, rows
 
 
 def _plain(spec: Spec, h_RD, W_VD, other, weight_R) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -77,7 +86,8 @@ def _backward(spec, gradients, cotangents):
 
 
 # (spec, h_RD, W_VD, other, weight_R) -> weighted sum, per-row stats. `other` is (h_target_RE, W_target_VE), or
-# (label_R,) for cross-entropy. R divides over the mesh's rows, V over tensor. Differentiable in h_RD and W_VD alone.
+# (top_ids_RK, top_logprobs_RK), or (label_R,) for cross-entropy. R divides over the mesh's rows, V over tensor.
+# Differentiable in h_RD and W_VD alone.
 fused_loss = jax.custom_vjp(_plain, nondiff_argnums=(0,))
 fused_loss.defvjp(_forward, _backward)
 
@@ -100,7 +110,7 @@ def _local(spec: Spec, with_gradient: bool, h_RD, W_VD, other, weight_R):
     V = W_VD.shape[0]
     W_dtype = W_VD.dtype
     W_VD = _whole_width(spec, W_VD, D, h_RD.dtype)
-    if spec.loss is not None:
+    if len(other) > spec.by_row:
         K_VE = _whole_width(spec, other[1], other[0].shape[1], other[0].dtype)
     column_V = jnp.arange(V, dtype=jnp.int32)
     if spec.vocab_axis:
@@ -112,9 +122,13 @@ def _local(spec: Spec, with_gradient: bool, h_RD, W_VD, other, weight_R):
         h_cD = _unpack(jnp.where(used[:, None], h_cD, 0), h_RD)
         s_cV = _logits(spec, h_cD, W_VD, column_V)
         if spec.loss is None:
-            loss_c, stats, slope_cV = _cross_entropy(spec, s_cV, rows_c, column_V)
+            loss_c, stats, slope_cV = _cross_entropy(spec, s_cV, rows_c[0], column_V)
+        elif spec.top:
+            ids_cK, logprobs_cK = rows_c
+            logprobs_cK = jnp.where(used[:, None], logprobs_cK, 0)
+            loss_c, stats, slope_cV = bucket_divergence(spec, spec.loss, s_cV, ids_cK, logprobs_cK, column_V)
         else:
-            k_cE = _unpack(jnp.where(used[:, None], rows_c, 0), other[0])
+            k_cE = _unpack(jnp.where(used[:, None], rows_c[0], 0), other[0])
             t_cV = _logits(spec, k_cE, K_VE, column_V)
             loss_c, stats, slope_cV = _divergence(spec, spec.loss, s_cV, t_cV)
         stats = {name: jnp.where(used, x, 0.0) for name, x in stats.items()}
@@ -133,7 +147,8 @@ def _local(spec: Spec, with_gradient: bool, h_RD, W_VD, other, weight_R):
     h_ncD = by_chunk(_pack(h_RD))
     # The head's gradient is built transposed: [D, c] x [c, V] needs no transpose of the large operand.
     hT_nDc = h_ncD.swapaxes(1, 2) if with_gradient else None
-    xs = (h_ncD, hT_nDc, by_chunk(_pack(other[0])), by_chunk(weight_R))
+    rows = tuple(by_chunk(_pack(x)) for x in other[: spec.by_row])
+    xs = (h_ncD, hT_nDc, rows, by_chunk(weight_R))
     dW_DV = jnp.zeros((D, V), jnp.float32) if with_gradient else None
     dW_DV, (weighted, stats, dh) = lax.scan(chunk_step, dW_DV, xs)
 
@@ -254,6 +269,42 @@ def _divergence(spec: Spec, loss: "LossConfig", s_cV, t_cV):
         used_c, slope_cV = scale_c * raw_c, scale_c[:, None] * slope_cV
     entropies = {"student_entropy": jnp.log(S_c) - ez_c / S_c, "target_entropy": jnp.log(T_c) - fy_c / T_c}
     return used_c, {"loss": raw_c, **entropies}, slope_cV
+
+
+def bucket_divergence(spec: Spec, loss: "LossConfig", s_cV, ids_cK, logprobs_cK, column_V):
+    """As `_divergence`, of K + 1 outcomes: the ids that the target is known at, and all other tokens as one.
+
+    An outcome has a logit too, the tokens' logsumexp, so that `_divergence` reads the outcomes as a vocabulary; each
+    token of the rest takes its share of the rest's slope. An id outside the vocabulary is no outcome: what the target
+    gives it falls to the rest. Float64 where the arrays are.
+    """
+    vocab = spec.vocab_size or column_V.shape[0] * spec.axis_size("tensor")
+    known_cK = (ids_cK >= 0) & (ids_cK < vocab)
+    at_cK = ids_cK - column_V[0]
+    here_cK = known_cK & (at_cK >= 0) & (at_cK < column_V.shape[0])
+    at_cK = jnp.where(here_cK, at_cK, column_V.shape[0])
+    s_cK = jnp.where(here_cK, jnp.take_along_axis(s_cV, at_cK, axis=1, mode="clip"), 0.0)
+    s_cK = jnp.where(known_cK, lax.psum(s_cK, spec.vocab_axis) if spec.vocab_axis else s_cK, ABSENT)
+    rest_cV = _put(s_cV, at_cK, jnp.full_like(s_cK, ABSENT))
+    (top_c,) = _row_maxima(spec, rest_cV)
+    z_cV = rest_cV - top_c[:, None]
+    e_cV = jnp.exp(z_cV)
+    S_c, ez_c = _row_sums(spec, e_cV, e_cV * z_cV)
+    # Log-probabilities that add up to one do so within a few roundings: of a smaller rest nothing is known.
+    p_cK = jnp.where(known_cK, jnp.exp(logprobs_cK), 0.0)
+    left_c = jnp.maximum(1 - jnp.sum(p_cK, axis=1), 8 * jnp.finfo(s_cV.dtype).eps)
+    left_c = jnp.where(top_c > ABSENT / 2, jnp.log(left_c), ABSENT)
+    s_cO = jnp.concatenate([s_cK, (top_c + jnp.log(S_c))[:, None]], axis=1)
+    t_cO = jnp.concatenate([jnp.where(known_cK, logprobs_cK, ABSENT), left_c[:, None]], axis=1)
+    used_c, stats, slope_cO = _divergence(replace(spec, mesh=None), loss, s_cO, t_cO)
+    tails = {"tail_mass": jax.nn.softmax(t_cO)[:, -1], "student_tail_mass": jax.nn.softmax(s_cO)[:, -1]}
+    inside_c = tails["student_tail_mass"] * (jnp.log(S_c) - ez_c / S_c)
+    stats = {**stats, "student_entropy": stats["student_entropy"] + inside_c, **tails}
+    slope_cV = _put(e_cV * (slope_cO[:, -1] / S_c)[:, None], at_cK, slope_cO[:, :-1])
+    return used_c, stats, slope_cV
+
+
+_put = jax.vmap(lambda row_V, at_K, values_K: row_V.at[at_K].set(values_K, mode="drop"))
 
 
 def _entries(loss: "LossConfig", d, q, p) -> tuple[Any, Any, float]:

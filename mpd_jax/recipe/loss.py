@@ -1,12 +1,12 @@
 """How the distance between student and target is measured: the loss axis of a recipe.
 
 `fused_divergence` is what training uses; it takes hidden states and heads, and the [rows, vocabulary] arrays of neither
-model ever exist whole (kernel in recipe/fused.py). `dense_divergence` is the same contract in plain jnp, for tests and
-the benchmark. Whole distributions only, no sampled-token estimates. Conventions: q student, p target; reverse_kl is
-KL(q||p), forward_kl is KL(p||q).
+model ever exist whole (kernel in recipe/fused.py). `fused_bucket_divergence` is for a target of which the most likely
+tokens alone are known. `dense_divergence` is the first one's contract in plain jnp, for tests and the benchmark. No
+sampled-token estimates. Conventions: q student, p target; reverse_kl is KL(q||p), forward_kl is KL(p||q).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import jax
@@ -98,6 +98,36 @@ def fused_divergence(
     return _on_divisible_rows(spec, h_student_RD, _to_length(W_student_VD, vocab), other, weight_R)
 
 
+def fused_bucket_divergence(
+    h_student_RD: Float[Array, "R D"],
+    W_student_VD: Float[Array, "V D"],
+    top_ids_RK: Int[Array, "R K"],
+    top_logprobs_RK: Float[Array, "R K"],
+    weight_R: Float[Array, "R"],
+    *,
+    loss: LossConfig,
+    mesh: Mesh | None = None,
+    vocab_size: int | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, "R"]]]:
+    """`fused_divergence` against a target of which K tokens are known, the K most likely for the closest figure.
+
+    Both sides become distributions over K + 1 outcomes, those tokens and all others as one, and the divergence is that
+    of the two. Such a grouping never raises one: it is at most the divergence of the whole distributions, grows with K
+    and equals it at K = V. The student's softmax is whole, so its tail is exact; the target's is what its
+    probabilities leave of one, known to about 1e-6. Within the tail nothing pulls the student.
+    top_ids_RK differ within a row; an id outside the vocabulary (-1) is no outcome, and its mass is the tail's. Stats
+    as there ("target_entropy" is that of the outcomes), and "tail_mass", "student_tail_mass".
+    """
+    if loss.kind == "cross_entropy" or loss.stabiliser == "per_entry":
+        key = "stabiliser" if loss.kind != "cross_entropy" else "kind"
+        allowed = "none or rescale for a tail bucket: per_entry clips single tokens, and a bucket is none"
+        _refuse(key, getattr(loss, key), allowed if key == "stabiliser" else "a divergence here")
+    _check_shapes(h_student_RD, W_student_VD, weight_R, vocab_size)
+    spec, vocab = _spec(loss, mesh, vocab_size, W_student_VD.shape[0], loss.chunk)
+    other = (top_ids_RK, lax.stop_gradient(top_logprobs_RK).astype(jnp.float32))
+    return _on_divisible_rows(replace(spec, top=True), h_student_RD, _to_length(W_student_VD, vocab), other, weight_R)
+
+
 def fused_cross_entropy(
     h_RD: Float[Array, "R D"],
     W_VD: Float[Array, "V D"],
@@ -185,7 +215,8 @@ def _on_divisible_rows(spec: Spec, h_RD, W_VD, other, weight_R):
     R = weight_R.shape[0]
     whole = -(-R // spec.row_shards) * spec.row_shards
     weight_R = _to_length(lax.stop_gradient(weight_R).astype(jnp.float32), whole)
-    arrays = (_to_length(h_RD, whole), W_VD, (_to_length(other[0], whole), *other[1:]), weight_R)
+    of_rows = tuple(_to_length(x, whole) for x in other[: spec.by_row])
+    arrays = (_to_length(h_RD, whole), W_VD, of_rows + other[spec.by_row :], weight_R)
     mesh = spec.mesh
     if mesh is not None and AxisType.Explicit in mesh.axis_types:
         # Where shardings are part of types, shard_map takes only what lies as it wants it.

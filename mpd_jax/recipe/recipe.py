@@ -147,6 +147,20 @@ def _target_reasons(recipe: Recipe) -> list[tuple[bool, str]]:
             f"recipe.target.context: {target.context!r} is what a target reads, and recipe.target.weights=none has "
             "none; remove it, or name a target",
         ),
+        (
+            target.top_k < 0,
+            f"recipe.target.top_k: {target.top_k} is not allowed; it must be 0 (the whole distribution) or more",
+        ),
+        (
+            target.top_k > 0 and target.weights != "teacher",
+            f"recipe.target.top_k: {target.top_k} asks a teacher's servers, and recipe.target.weights={target.weights} "
+            "is on the mesh, where the whole distribution is read; set top_k=0, or weights=teacher",
+        ),
+        (
+            target.top_k > 0 and recipe.loss.stabiliser == "per_entry",
+            f"recipe.target.top_k: {target.top_k} makes one bucket of all other tokens, and "
+            "recipe.loss.stabiliser=per_entry clips single tokens; use rescale or none, or top_k=0",
+        ),
     ]
 
 

@@ -18,11 +18,14 @@ class TargetConfig:
 
     context: the prompt the target reads the response after. every: updates between renewals, self_refreshed only
     (CRISP: 50).
+    top_k: 0 reads the whole distribution on the mesh. Above, the teacher is on servers alone (teacher.serve): they are
+    asked for its top_k most likely tokens at each position, and all others are one tail bucket.
     """
 
     weights: Literal["teacher", "self_frozen", "self_refreshed", "none"] = "teacher"
     context: Literal["plain", "concise"] = "plain"
     every: int | None = None
+    top_k: int = 0
 
     @property
     def is_self(self) -> bool:

@@ -65,9 +65,11 @@ class Round:
         tick: Callable[[], None] | None,
         admit: Callable[[str], None] | None,
         say: Callable[[str], None],
+        sizes: Sequence[int] | None = None,
     ):
         self.wire, self.urls, self.config = wire, urls, wire.config
         self.path, self.bodies, self.take, self.tick, self.admit, self.say = path, bodies, take, tick, admit, say
+        self.sizes = sizes
         self.pending = deque(range(len(bodies)))
         self.left = len(bodies)
         self.faults: dict[int, Counter[str]] = defaultdict(Counter)
@@ -103,12 +105,18 @@ class Round:
         if not all(server.looked for server in self.all) and time.monotonic() - self.began < FIRST_S:
             return
         while self.pending:
-            room = [s for s in self.all if s.up and len(s.flying) < self.config.concurrency]
+            room = [s for s in self.all if s.up and self._has_room(s, self.pending[0])]
             if not room:
                 return
             server = min(room, key=lambda s: len(s.flying))
             index = self.pending.popleft()
             server.flying[self._start(self._fly(server, index))] = (index, time.monotonic())
+
+    def _has_room(self, server: _Server, index: int) -> bool:
+        if not server.flying or self.sizes is None:
+            return len(server.flying) < self.config.concurrency
+        tokens = self.sizes[index] + sum(self.sizes[other] for other, _ in server.flying.values())
+        return len(server.flying) < self.config.concurrency and tokens <= self.config.score_tokens
 
     async def _fly(self, server: _Server, index: int) -> None:
         task = asyncio.current_task()

@@ -111,15 +111,17 @@ class Servers:
         take: Callable[[int, dict], None],
         *,
         tick: Callable[[], None] | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> None:
         """POSTs every body. `take(i, answer)` is told each answer once, as it comes, in this thread; so is `tick`,
         about twice a second. What either raises ends everything, and requests in flight are given up.
 
         Connection errors, 429 and 5xx are asked again, at another server if there is one; so are answers that a pause
         has aborted. Every other refusal is a ServerError.
+        sizes: of each request, in tokens; those in flight at a server come to `score_tokens` at most, or are one.
         """
         if bodies:
-            asyncio.run(Round(self._wire, self.urls, path, bodies, take, tick, self.admit, self.say).run())
+            asyncio.run(Round(self._wire, self.urls, path, bodies, take, tick, self.admit, self.say, sizes).run())
 
     def every(
         self,

@@ -66,8 +66,8 @@ class VLLMSampler:
         servers.admit = self._admit
 
     def load(self, weights: Any, version: int) -> None:
-        """Pushes `weights`; None: the servers have them already."""
-        if self._push is not None and weights is not None:
+        """Pushes `weights`, once a version; None: the servers have them already."""
+        if self._push is not None and weights is not None and version != self.version:
             self._push.push(weights, version)
         self.version = version
 

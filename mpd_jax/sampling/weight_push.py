@@ -88,7 +88,8 @@ class _Wanted:
 
 class WeightPush:
     """whole: the whole weights, of what trains. samples: prompts (with responses, if there are) whose beginnings are
-    the proof's positions. key: the API key. say: told of servers that need a second push or had been away.
+    the proof's positions. key: the API key. say: told of servers that need a second push or had been away. note: told
+    of every push.
 
     Nothing is asked of the servers before the first push.
     """
@@ -106,8 +107,10 @@ class WeightPush:
         config: PushConfig,
         seed: int,
         say: Say,
+        note: Callable[[PushReport], None] = lambda report: None,
     ):
-        self._student, self._whole, self._mesh, self._config, self._say = student, whole, mesh, config, say
+        self._student, self._whole, self._mesh, self._config = student, whole, mesh, config
+        self._say, self._note = say, note
         self._dtype = config.dtype or student.model.dtype
         self._tokens_BT = probe_tokens(samples, student.model.config.vocab_size, seed)
         place = config.directory or f"{run_dir}/served"
@@ -150,7 +153,9 @@ class WeightPush:
 
         told = hosts.from_main(deliver)
         proofs = {url: Proof(**proof) for url, proof in told["proofs"].items()}
-        return PushReport(**{**told, "again": tuple(told["again"]), "proofs": proofs})
+        report = PushReport(**{**told, "again": tuple(told["again"]), "proofs": proofs})
+        self._note(report)
+        return report
 
     def model_name(self) -> str:
         """What requests name as their model now. Process 0's to ask."""

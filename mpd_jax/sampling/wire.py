@@ -46,6 +46,9 @@ class ServerConfig:
     before the run ends; a server that is started again within it costs no response.
     seed: "request" makes responses repeatable, each from a seed of its own; "none" is for servers that refuse seeds.
     key: name of the environment variable with the API key, where the servers ask for one.
+    score_tokens: tokens in flight at each server that scores (recipe.target.top_k). It keeps some hundred bytes for
+    each of the top_k entries of each token until the whole answer is out: at 64 entries these are 2 GB. More gains
+    nothing, for a server reads a few thousand tokens at a time.
     """
 
     concurrency: int = 256
@@ -53,12 +56,14 @@ class ServerConfig:
     patience_s: float = 900.0
     seed: Literal["request", "none"] = "request"
     key: str = "VLLM_API_KEY"
+    score_tokens: int = 65536
 
     def __post_init__(self) -> None:
         for name, holds, allowed in (
             ("concurrency", self.concurrency >= 1, "1 or more"),
             ("timeout_s", 0 < self.timeout_s < math.inf, "above 0, in seconds"),
             ("patience_s", 0 <= self.patience_s < math.inf, "0 or more, in seconds"),
+            ("score_tokens", self.score_tokens >= 1, "1 or more"),
             ("key", re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key), "the name of an environment variable"),
         ):
             if not holds:

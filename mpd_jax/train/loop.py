@@ -38,6 +38,7 @@ class Parts:
     """A run, taken apart.
 
     write, rewrite: (problems, step) -> trajectories; (problems, written, step) -> as many, with verdicts.
+    score:          (problems, trajectories, step) -> the same ones with what a target on servers says of them.
     to_batch:       the kept trajectories as arrays of fixed shapes, or None if none is left.
     load_student:   hands weights and their version (updates done) to the student's sampler.
     teacher_weights: what the target is read with, unless the state holds a self copy.
@@ -64,6 +65,7 @@ class Parts:
     records: Records
     metrics: Metrics
     clock: Clock
+    score: Callable[[Sequence[Problem], Sequence[Trajectory], int], Sequence[Trajectory]] | None = None
     teacher_weights: PyTree | None = None
     refresh: Callable[[PyTree, PyTree, int], PyTree] | None = None
     evaluate: Callable[[RunState], dict[str, float] | None] | None = None
@@ -141,7 +143,7 @@ class _Run:
             return made
         final = self.stored(step, problems, "final")
         if final is not None:
-            return final
+            return self.scored(step, problems, final, parts.clock.begin)
         parts.clock.begin(step, "load")
         self.load(state)
         return self.made(step, problems, parts.clock.begin)
@@ -174,7 +176,19 @@ class _Run:
         begin(step, "rewrite")
         final = parts.rewrite(problems, written, step)
         parts.records.save(step, final)
-        return final
+        return self.scored(step, problems, final, begin)
+
+    def scored(
+        self,
+        step: int,
+        problems: Sequence[Problem],
+        trajectories: Sequence[Trajectory],
+        begin: Callable[[int, str], None],
+    ) -> Sequence[Trajectory]:
+        if self.parts.score is None:
+            return trajectories
+        begin(step, "score")
+        return self.parts.score(problems, trajectories, step)
 
     def stored(self, step: int, problems: Sequence[Problem], stage: str) -> Sequence[Trajectory] | None:
         """From disk, unless weights older than the look-ahead allows wrote them."""
@@ -288,7 +302,7 @@ def rows_of(batch: Batch | None) -> Row:
 
 
 def save_batch(path: Path, batch: Batch, problem_ids: Sequence[str]) -> None:
-    arrays: dict[str, Any] = {name: np.asarray(array) for name, array in batch._asdict().items()}
+    arrays: dict[str, Any] = {name: np.asarray(array) for name, array in batch._asdict().items() if array is not None}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, problem_ids=np.array(problem_ids), **arrays)
     write_atomically(path, buffer.getvalue())

@@ -143,7 +143,7 @@ def device_row(out: Out) -> Row:
     tokens = float(host["tokens"])
     row: Row = {"loss": _number(host["loss"]), "grad_norm": _number(host["grad_norm"]), "finite": bool(host["finite"])}
     row["tokens"] = int(tokens)
-    for name in ("divergence", "student_entropy", "target_entropy"):
+    for name in ("divergence", "student_entropy", "target_entropy", "tail_mass", "student_tail_mass"):
         if name in host:
             row[name] = _number(host[name] / tokens) if tokens else None
     starts = (0, *POSITION_EDGES)
@@ -169,14 +169,15 @@ def spent(row: Row, seconds: Seconds) -> Row:
     by_phase = {**dict.fromkeys(("write", "rewrite", "update"), 0.0), **own, **beside}
     by_phase["train"] = by_phase.pop("update")
     wall = sum(own.values())
-    made = {"write": row.get("written_total"), "rewrite": row.get("rewritten_total"), "train": row.get("tokens")}
+    made = {"write": row.get("written_total"), "rewrite": row.get("rewritten_total")}
+    made |= dict.fromkeys(("score", "train"), row.get("tokens"))
     return {
         **{f"{name}_seconds": round(value, 6) for name, value in by_phase.items()},
         **{f"{name}_share": round(value / wall, 6) if wall else 0.0 for name, value in by_phase.items()},
         **{
             f"{name}_tokens_per_second": round(tokens / by_phase[name], 3)
             for name, tokens in made.items()
-            if tokens and by_phase[name]
+            if tokens and by_phase.get(name)
         },
     }
 

@@ -19,7 +19,8 @@ def to_json(trajectory: Trajectory) -> str:
 
 def _fields(trajectory: Trajectory) -> dict[str, Any]:
     original = trajectory.original
-    return {**vars(trajectory), "original": _fields(original) if original else None}
+    fields = {name: value for name, value in vars(trajectory).items() if name != "target"}
+    return {**fields, "original": _fields(original) if original else None}
 
 
 def from_json(line: str) -> Trajectory:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mpd_jax.models.decoder import Model
 from mpd_jax.models.kernels import takes_segments
 from mpd_jax.models.lora import Adapted
-from mpd_jax.recipe.loss import LossConfig, fused_cross_entropy, fused_divergence
+from mpd_jax.recipe.loss import LossConfig, fused_bucket_divergence, fused_cross_entropy, fused_divergence
 from mpd_jax.sharding import batch_sharding
 from mpd_jax.train.state import PyTree, Trained, trained_shardings
 from mpd_jax.types import Batch, UserError
@@ -48,7 +48,8 @@ class Update:
     base: the student's frozen weights where an adapter trains, else None.
 
     out: "loss" (what was minimised), "grad_norm", "finite", "tokens", sums over the tokens that count of "divergence",
-    "student_entropy", "target_entropy", and by position bucket "divergence_at", "tokens_at".
+    "student_entropy", "target_entropy", with a target on servers "tail_mass" (what it gives to other tokens than its
+    top_k) and "student_tail_mass" (what the student gives them), and by position bucket "divergence_at", "tokens_at".
     `traces` counts compilations: one per batch shape.
     """
 
@@ -119,7 +120,8 @@ def make_update(
     vocab_size: int,
     micro_batches: int = 1,
 ) -> Update:
-    """The update of a recipe; `target` None trains on the response tokens themselves."""
+    """The update of a recipe. target: what is read on the mesh, None where the batch holds what servers read, or
+    nobody reads and the response tokens themselves are trained on."""
     student, target = student.on(mesh), target.on(mesh) if target else None
     shardings = trained_shardings(student, tx, mesh) if mesh is not None else None
 
@@ -128,12 +130,19 @@ def make_update(
         hidden_BTD = student.hidden(weights, batch.student_tokens_BT, segments_BT=batch.student_segments_BT)
         rows_RD = response_rows(hidden_BTD, batch.student_at_BR)
         head_VD, weight_R = student.head(weights), batch.weight_BR.reshape(-1)
-        if target_rows is None:
+        if loss.kind == "cross_entropy":
             labels_R = batch.response_BR.reshape(-1)
             return fused_cross_entropy(
                 rows_RD, head_VD, labels_R, weight_R, mesh=mesh, vocab_size=vocab_size, chunk=loss.chunk
             )
-        return fused_divergence(rows_RD, head_VD, *target_rows, weight_R, loss=loss, mesh=mesh, vocab_size=vocab_size)
+        if target_rows is not None:
+            return fused_divergence(
+                rows_RD, head_VD, *target_rows, weight_R, loss=loss, mesh=mesh, vocab_size=vocab_size
+            )
+        ids_RK, logprobs_RK = (x.reshape(-1, x.shape[-1]) for x in (batch.top_ids_BRK, batch.top_logprobs_BRK))
+        return fused_bucket_divergence(
+            rows_RD, head_VD, ids_RK, logprobs_RK, weight_R, loss=loss, mesh=mesh, vocab_size=vocab_size
+        )
 
     def piece(trained: PyTree, base: PyTree, target_weights: PyTree, batch: TracedBatch) -> tuple[PyTree, Out]:
         """Gradient and sums of one micro-batch. The target is read outside the differentiated function."""
@@ -167,7 +176,7 @@ def token_sums(stats: dict[str, jax.Array], batch: TracedBatch) -> Out:
     at = position_sums(stats["loss"], counts_R, index_R)
     tokens_at = position_sums(jnp.ones_like(stats["loss"]), counts_R, index_R)
     sums = {"tokens": tokens_at.sum(), "divergence": at.sum(), "divergence_at": at, "tokens_at": tokens_at}
-    for name in ("student_entropy", "target_entropy"):
+    for name in ("student_entropy", "target_entropy", "tail_mass", "student_tail_mass"):
         if name in stats:
             sums[name] = jnp.where(counts_R, stats[name], 0.0).sum()
     return sums
