@@ -254,7 +254,7 @@ def plan(
     raise typer.Exit(0 if result["fits"] else 1)
 
 
-bench = typer.Typer(no_args_is_help=True, help="Measure this machine: the fused head, the sampler, packing.")
+bench = typer.Typer(no_args_is_help=True, help="Measure this machine: the fused head, the sampler, packing, a server.")
 app.add_typer(bench, name="bench")
 
 
@@ -287,6 +287,26 @@ def bench_pack(as_json: Json = False) -> None:
     from mpd_jax import bench_pack
 
     result = bench_pack.run(json=as_json)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+
+
+@bench.command("serve")
+def bench_serve(
+    url: Annotated[str, typer.Argument(help="A vLLM server, without an API key.", show_default=False)],
+    model: Annotated[str, typer.Option(help="What it serves: a directory, or tiny:student / tiny:teacher.")] = (
+        "tiny:teacher"
+    ),
+    vllm: Annotated[
+        str | None, typer.Option(help="The server's own program, for `vllm bench serve`.", show_default=False)
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 256,
+    as_json: Json = False,
+) -> None:
+    """How fast the client feeds a server, against the server's own benchmark; and tokens per second of all samplers."""
+    from mpd_jax import bench_serve
+
+    result = bench_serve.run(url, json=as_json, path=model, vllm=vllm, concurrency=concurrency)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
 

@@ -25,6 +25,7 @@ LAYERS = [
     {"run"},
     {"use"},
     {"bench_head", "bench_pack", "bench_sample", "plan"},
+    {"bench_serve"},
     {"cli"},
     {"__main__"},
 ]

@@ -95,7 +95,7 @@ class VLLMSampler:
     def _sampled(
         self, requests: Sequence[Request], sampling: SamplingConfig, progress: Callable[[int], None] | None
     ) -> list[tuple[Sequence[int], Sequence[float], str]]:
-        bodies = [self._body(request.prompt, request.key, sampling) for request in requests]
+        bodies = [self.body(request.prompt, request.key, sampling) for request in requests]
         keys = [self._key(request, body) for request, body in zip(requests, bodies, strict=True)]
         with closing(self._spill):
             there = self._spill.begin(keys)
@@ -117,8 +117,8 @@ class VLLMSampler:
             self.servers.ask(PATH, [{**model, **bodies[index]} for index in missing], take, tick=tell)
         return [(r.ids, r.logprobs, r.ended) for r in map(responses.__getitem__, range(len(requests)))]
 
-    def _body(self, prompt: Sequence[int], key: tuple[int, int], sampling: SamplingConfig) -> dict[str, Any]:
-        """Everything but the model's name. The stops are the role's own and nobody else's (ignore_eos)."""
+    def body(self, prompt: Sequence[int], key: tuple[int, int], sampling: SamplingConfig) -> dict[str, Any]:
+        """What is sent, but for the model's name. The stops are the role's own and nobody else's (ignore_eos)."""
         seeded = self.servers.config.seed == "request"
         return {
             "prompt": prompt,
@@ -159,7 +159,7 @@ class VLLMSampler:
         greedy, alone = SamplingConfig(0.0, 1.0, 0, PROBED), SamplingConfig(1.0, 1.0, 1, PROBED)
         said = []
         for sampling in (greedy, alone):
-            body = {"model": self.model_name(), **self._body((0,), (0, 0), sampling), "stop_token_ids": []}
+            body = {"model": self.model_name(), **self.body((0,), (0, 0), sampling), "stop_token_ids": []}
             (answer,) = self.servers.every("POST", PATH, body, urls=[url], patience_s=0.0)
             choice = self._choice(answer)
             said.append(_numbers((choice.get("logprobs") or {}).get("token_logprobs")))
