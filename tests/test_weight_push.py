@@ -283,7 +283,7 @@ def test_a_server_that_stays_stale_ends_the_run(bench, lora):
 def test_a_server_of_other_weights_ends_the_run_at_its_first_push(bench):
     b = bench()
     b.servers[0].stale = True
-    with pytest.raises(StaleWeights, match=r"computes in float32 \(sampling.push.dtype\).*export --untie"):
+    with pytest.raises(StaleWeights, match=r"computes in float32 \(sampling.push.dtype\)"):
         b.push.push(moved(b.start, 3e-2), 0)
 
 
