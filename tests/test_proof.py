@@ -35,13 +35,15 @@ def pools() -> tuple[np.ndarray, ...]:
 
 
 def answers(pools, noise: float, update: float, tolerance: float, fresh: bool) -> list:
-    """The proofs of DRAWS pushes, of a server that is off by a constant, too."""
+    """The proofs of DRAWS pushes to a server whose noise stays by half, and that is off by a constant, too."""
     rng, found = np.random.default_rng(int(fresh)), []
     for _ in range(DRAWS):
-        (moves, hums, rests), (a, b, c, d) = pools, rng.integers(100, size=4)
+        (moves, hums, rests), (a, b, c, d, e, f) = pools, rng.integers(100, size=6)
         old, new = EXACT * rests[c], update * moves[a] + EXACT * rests[d]
-        server = (update * moves[a] if fresh else 0.0) + noise * rng.choice([-1, 1]) * hums[b] + rng.normal() * noise
-        found.append(judge(server, new, PROMPT, tolerance, old=old, noise=noise * np.sqrt(2)))
+        stays, before, now = (noise / np.sqrt(2) * rng.choice([-1, 1]) * hums[n] for n in (b, e, f))
+        stays = stays + rng.normal() * noise
+        server = (update * moves[a] if fresh else 0.0) + stays + now
+        found.append(judge(server, new, PROMPT, tolerance, old=old, off=stays + before))
     return found
 
 
@@ -66,19 +68,36 @@ def test_the_three_answers_over_noise_and_updates(pools):
 def test_the_error_is_as_large_as_the_slope_scatters(pools):
     moves, hums, _ = pools
     pairs = [(a, b) for a in range(20) for b in range(20)]
-    drawn = [slope_by_prompt(moves[a], moves[a] + hums[b], PROMPT) for a, b in pairs]
+    ones = np.ones((len(PROMPT), 1))
+    drawn = [slope_by_prompt(moves[a], moves[a] + hums[b], ones, PROMPT) for a, b in pairs]
     scatter = np.std([slope for slope, _ in drawn])
     assert np.mean([slope for slope, _ in drawn]) == pytest.approx(1, abs=0.02)
     assert scatter < np.sqrt(np.mean([error**2 for _, error in drawn])) < 1.3 * scatter
 
 
 def test_the_slope_is_least_squares_and_its_error_the_jackknife():
-    x, y = np.random.default_rng(0).normal(size=(2, 120))
-    prompt = np.repeat(np.arange(6), 20)
-    without = np.array([np.polyfit(x[prompt != g], y[prompt != g], 1)[0] for g in range(6)])
-    slope, error = slope_by_prompt(x, y, prompt)
-    assert slope == pytest.approx(np.polyfit(x, y, 1)[0])
+    x, y, z = np.random.default_rng(0).normal(size=(3, 120))
+    prompt, beside = np.repeat(np.arange(6), 20), np.stack([np.ones(120), z], axis=1)
+
+    def slope_of(rows):
+        return np.linalg.lstsq(np.column_stack([x, beside])[rows], y[rows], rcond=None)[0][0]
+
+    without = np.array([slope_of(prompt != group) for group in range(6)])
+    slope, error = slope_by_prompt(x, y, beside, prompt)
+    assert slope == pytest.approx(slope_of(prompt >= 0))
     assert error == pytest.approx(np.sqrt(5 / 6 * np.sum((without - without.mean()) ** 2)))
+
+
+def test_what_a_server_is_always_off_by_is_not_taken_for_the_update(pools):
+    """Noise that stays, half of it along the update: without its record the plain slope would call it verified."""
+    update = 0.01 * pools[0][0]
+    stays, hum = 0.75 * update + 0.01 * pools[1][0], 1e-4 * pools[1][1]
+    old = np.zeros_like(update)
+    plain = judge(stays, update, PROMPT, TOLERANCE["bfloat16"], old=old)
+    assert plain.slope is not None and plain.slope > 0.5
+    for fresh, verdict in ((0, "stale"), (1, "verified")):
+        proof = judge(fresh * update + stays + hum, update, PROMPT, TOLERANCE["bfloat16"], old=old, off=stays)
+        assert proof.verdict == verdict and proof.slope == pytest.approx(fresh, abs=0.05)
 
 
 def test_the_first_push_agrees_or_is_stale(pools):
@@ -94,9 +113,10 @@ def test_differences_add_up_until_they_are_seen(pools):
     """Five pushes, each too small to be seen against the first: what is compared with stays what was verified."""
     step, hum = 0.1 * NOISE["bfloat16"] * pools[0][0], NOISE["bfloat16"] * pools[1][0]
     old, at = np.zeros_like(step), [n * step for n in range(1, 6)]
-    proofs = [judge(new + hum, new, PROMPT, TOLERANCE["bfloat16"], old=old, noise=0.03) for new in at]
+    off = NOISE["bfloat16"] * pools[1][1]
+    proofs = [judge(new + hum, new, PROMPT, TOLERANCE["bfloat16"], old=old, off=off) for new in at]
     assert proofs[0].verdict == "undecided" and proofs[-1].verdict == "verified"
-    assert judge(hum, at[-1], PROMPT, TOLERANCE["bfloat16"], old=old, noise=0.03).verdict == "stale"
+    assert judge(hum, at[-1], PROMPT, TOLERANCE["bfloat16"], old=old, off=off).verdict == "stale"
 
 
 def test_without_an_update_nothing_is_verified(pools):
@@ -110,7 +130,8 @@ def test_without_an_update_nothing_is_verified(pools):
 def test_other_weights_altogether_are_stale_however_little_the_update_explains_of_them(pools):
     """A server that came back with the weights of its start: no slope can be seen, but it is far from what it was."""
     update, away = 1e-3 * pools[0][0], 0.2 * pools[0][1]
-    proof = judge(away, update, PROMPT, TOLERANCE["bfloat16"], old=np.zeros_like(update), noise=0.03)
+    off = NOISE["bfloat16"] * pools[1][0]
+    proof = judge(away, update, PROMPT, TOLERANCE["bfloat16"], old=np.zeros_like(update), off=off)
     assert proof.verdict == "stale" and proof.error is not None and proof.error > ERROR
 
 

@@ -320,8 +320,8 @@ def export(
     """Writes `out`, which transformers loads unchanged: these weights, with the config and tokenizer of `source`.
 
     Everything but the weights and the config's dtype is copied byte for byte. An adapter among the weights is merged.
-    untie: a head that is the embedding is written as one of its own, and the config says so. A server that is given
-    new weights while it runs may go on with the old ones in a tied head.
+    untie: a head that is the embedding is written as one of its own, and the config says so. A server that reloads
+    weights while it runs may go on with the old ones in a head that is not among them.
     """
     source = Path(source)
     with drafted(Path(out), dtype) as draft:

@@ -4,6 +4,8 @@ With noise apart, server - old is new - old on a server that holds the new weigh
 the old ones: the slope of the one on the other is 1 or 0, however small the update is beside the noise of a single
 position. `old` and `new` are exact (float32, of the weights as they are served): noise of theirs would stand in both
 differences, through `old`, and draw the slope of a stale server towards 1/2. So updates below VISIBLE prove nothing.
+What a server was off by when it was last believed is taken out of its noise: in bfloat16 most of that is the same each
+time, and it may happen to lie along the update.
 """
 
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ LEAST_POSITIONS = 2000
 SLOPE, ERROR = 0.5, 0.12  # at least, at most
 VISIBLE = 1e-4  # nats, root mean square: ten times what float32 leaves of a log-probability at its worst
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.3}  # nats, root mean square, between two who hold the same weights
-LOUDER = 3.0  # times the difference that was seen when the server was last believed: other weights, not noise
+LOUDER = 3.0  # times what the server was off by when it was last believed: other weights, not noise
 
 Verdict = Literal["agrees", "verified", "undecided", "stale"]
 
@@ -61,25 +63,27 @@ def judge(
     tolerance: float,
     *,
     old: np.ndarray | None = None,
-    noise: float | None = None,
+    off: np.ndarray | None = None,
 ) -> Proof:
-    """Log-probabilities [N] of the same positions; `prompt` numbers from 0 on the prompt that each stands in.
+    """Log-probabilities [N] of the same positions, prompt after prompt; `prompt` says which one each stands in.
 
     tolerance: the largest root mean square of server - new that two implementations may show. old: of the weights
-    last verified; None if there are none. noise: that root mean square when the server was last believed.
+    last verified; None if there are none. off: server - new [N] when this server was last believed.
     """
     assert len(server) == len(new) == len(prompt) >= LEAST_POSITIONS, f"{len(server)} positions"
     server, new = server.astype(np.float64), new.astype(np.float64)
     gap = np.abs(server - new)
     difference = float(np.sqrt(np.mean(gap**2)))
-    limit = tolerance if noise is None else min(tolerance, max(LOUDER * noise, VISIBLE))
+    known = tolerance if off is None else LOUDER * float(np.sqrt(np.mean(off**2)))
+    limit = min(tolerance, max(known, VISIBLE))
     seen = partial(Proof, positions=len(new), difference=difference, mean=float(gap.mean()), largest=float(gap.max()))
     if old is None:
         return seen("agrees" if difference <= limit else "stale", limit=limit)
     old = old.astype(np.float64)
     x, y = new - old, server - old
     update, before = float(x.std()), float(np.abs(y).mean())
-    slope, error = slope_by_prompt(x, y, prompt) if update > 0 else (None, None)
+    beside = np.ones((len(x), 1)) if off is None else np.stack([np.ones_like(x), off], axis=1)
+    slope, error = slope_by_prompt(x, y, beside, prompt) if update > 0 else (None, None)
     verdict: Verdict = "undecided"
     if not difference <= limit:  # not a number: neither
         verdict = "stale"
@@ -88,24 +92,21 @@ def judge(
     return seen(verdict, limit=limit, slope=slope, error=error, update=update, before=before)
 
 
-def slope_by_prompt(x: np.ndarray, y: np.ndarray, prompt: np.ndarray) -> tuple[float, float]:
-    """Least squares with an intercept, which takes what a server is off by everywhere; and the slope's error.
+def slope_by_prompt(x: np.ndarray, y: np.ndarray, beside: np.ndarray, prompt: np.ndarray) -> tuple[float, float]:
+    """The slope of y on x by least squares, beside other regressors [N, K]; and its error.
 
     Positions of a prompt share their context, and with it noise and update: what repeats is the prompt. The error is
     the jackknife over prompts. It assumes nothing about noise within a prompt, nor that it is equally loud
     everywhere, and it errs to the large side where few positions carry most of the update.
     """
-    count = int(prompt.max()) + 1
-    x, y = x - x.mean(), y - y.mean()
-    sums = np.stack([np.bincount(prompt, w, count) for w in (np.ones_like(x), x, y, x * x, x * y)])
-    assert (sums[0] > 0).all(), "a prompt without positions"
-
-    def slope(n: np.ndarray, sx: np.ndarray, sy: np.ndarray, sxx: np.ndarray, sxy: np.ndarray) -> np.ndarray:
-        return (sxy - sx * sy / n) / (sxx - sx * sx / n)
-
-    total = sums.sum(axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        without = slope(*(total[:, None] - sums))
-        whole = float(slope(*total))
-    error = float(np.sqrt((count - 1) / count * np.sum((without - without.mean()) ** 2)))
-    return whole, error if np.isfinite(error) else float("inf")
+    starts = np.flatnonzero(np.diff(prompt, prepend=-1))  # prompts lie one after the other
+    count = len(starts)
+    regressors = np.column_stack([x, beside])
+    sizes = np.sqrt(np.mean(regressors**2, axis=0))
+    regressors = regressors / np.where(sizes > 0, sizes, 1.0)
+    products = regressors[:, :, None] * np.column_stack([regressors, y])[:, None, :]
+    sums = np.add.reduceat(products, starts)
+    left = np.concatenate([sums.sum(0, keepdims=True), sums.sum(0) - sums])  # with all prompts, and without each
+    slopes = (np.linalg.pinv(left[..., :-1], hermitian=True) @ left[..., -1:])[:, 0, 0] / sizes[0]
+    without = slopes[1:]
+    return float(slopes[0]), float(np.sqrt((count - 1) / count * np.sum((without - without.mean()) ** 2)))

@@ -124,7 +124,7 @@ class WeightPush:
         self._probe: Probe | None = None
         self._wanted: _Wanted | None = None
         self._held: dict[str, str] = {}
-        self._noise: dict[str, float] = {}
+        self._off: dict[str, np.ndarray] = {}
         self._again: set[str] = set()
         self._old: np.ndarray | None = None
         self._verified = -1
@@ -279,20 +279,18 @@ class WeightPush:
             if not last:
                 self._again.add(url)
                 self._say(f"{url}: {proof.words}; the weights of version {wanted.version} are pushed once more")
-        tied = self._student.model.config.tie_embeddings and not self._way.adapter
         raise StaleWeights(
             f"{url}: it was given the weights of version {wanted.version} twice and computes with others "
             f"({proof.words}). What it would sample belongs to no known weights. Look whether it reads "
-            f"{wanted.directory} and computes in {self._dtype} (sampling.push.dtype)"
-            f"{', and start it from what `mpd-jax export --untie` writes, for its head is tied' if tied else ''}; one "
-            "that reloads wrongly, as some do with experts or quantised weights, needs sampling.push.way=restart"
+            f"{wanted.directory} and computes in {self._dtype} (sampling.push.dtype); one that reloads wrongly, as "
+            "some do with experts or quantised weights, needs sampling.push.way=restart"
         )
 
     def _prove(self, url: str, wanted: _Wanted) -> Proof:
         assert self._probe is not None
         found = self._probe.there(self._one[url], self.model_name())
-        tolerance, noise = TOLERANCE[self._dtype], self._noise.get(url)
-        proof = judge(found, wanted.new, self._probe.prompt, tolerance, old=wanted.old, noise=noise)
+        tolerance, off = TOLERANCE[self._dtype], self._off.get(url)
+        proof = judge(found, wanted.new, self._probe.prompt, tolerance, old=wanted.old, off=off)
         if proof.verdict in ("agrees", "verified"):
-            self._noise[url] = proof.difference
+            self._off[url] = found - wanted.new
         return proof
