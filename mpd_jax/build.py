@@ -29,6 +29,7 @@ from mpd_jax.roles import ModelFiles, Roles, open_model, open_roles
 from mpd_jax.samplers import Samplers, load_frozen, make_samplers
 from mpd_jax.sampling.sampler import Sampler
 from mpd_jax.scoring import scoring
+from mpd_jax.serving import Secrets, Serving
 from mpd_jax.sharding import MeshConfig, make_mesh, tree_shardings
 from mpd_jax.train.checkpoint import Checkpoints, Which
 from mpd_jax.train.loop import Parts
@@ -73,7 +74,8 @@ def read_problems(config: ProblemsConfig, split: Literal["train", "heldout"]) ->
 class Run:
     """A run, ready to train and to be evaluated.
 
-    load_student: gives the student, of what trains and its version, to every sampler that serves it.
+    load_student: gives the student, of what trains and its version, to every sampler that serves it. forget: removes
+    responses of servers that wait to be stored.
     """
 
     config: RunConfig
@@ -83,6 +85,7 @@ class Run:
     student_sampler: Sampler
     load_student: Callable[[Any, int], None]
     parts: Parts
+    forget: Callable[[], None]
     close: Callable[[], None]
 
 
@@ -124,7 +127,12 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
 
 
 def build(
-    config: RunConfig, run_dir: Path, live: Callable[[Row], None], say: Say, progress: Progress
+    config: RunConfig,
+    run_dir: Path,
+    live: Callable[[Row], None],
+    say: Say,
+    progress: Progress,
+    secrets: Secrets = lambda name: None,
 ) -> tuple[Run, RunState]:
     """Everything a run needs, in the order of the module's list."""
     mesh = make_mesh(config.mesh)
@@ -135,7 +143,9 @@ def build(
     check_sizes(config, roles, mesh, [*training, *heldout[: config.eval.problems]])
     hosts.require_same("the config, the problems or the version of mpd-jax", _digest(config, training, heldout))
 
-    score = scoring(config, roles, progress, say)
+    settings = _fingerprint(config)
+    serving = Serving(config, run_dir, settings, secrets=secrets, say=say, progress=progress)
+    score = scoring(config, roles, serving.servers, progress)
     student = roles.student
     with ExitStack() as stack:
         phases = PhaseLog(run_dir / "phase.log")
@@ -156,7 +166,7 @@ def build(
         stack.callback(clock.close)
         teacher = roles.teacher_here(config.recipe)
         teacher_weights = teacher.weights(mesh) if teacher else None
-        samplers = make_samplers(config, roles, mesh, whole)
+        samplers = make_samplers(config, roles, mesh, whole, serving.sampler)
         load_frozen(samplers, roles, mesh, teacher_weights)
         graders = stack.enter_context(GraderPool(config.recipe.rewrite.grader, workers=1))
         recipe = _recipe(config, roles, samplers, graders, state.memory, progress)
@@ -173,7 +183,7 @@ def build(
             update=_update(config, roles, mesh, base, whole),
             load_student=samplers.load_student if samplers.follows else lambda weights, version: None,
             checkpoints=checkpoints,
-            records=Records(run_dir, config.run.seed, _fingerprint(config)),
+            records=Records(run_dir, config.run.seed, settings),
             metrics=metrics,
             clock=clock,
             score=score,
@@ -184,7 +194,9 @@ def build(
             grade=partial(_share_right, chat=student.chat),
         )
         close = stack.pop_all().close
-    return Run(config, mesh, student, heldout, samplers.student, samplers.load_student, parts, close), state
+    return Run(
+        config, mesh, student, heldout, samplers.student, samplers.load_student, parts, serving.forget, close
+    ), state
 
 
 def update_of(config: RunConfig, roles: Roles, mesh: Mesh) -> Update:
@@ -252,6 +264,7 @@ def _fingerprint(config: RunConfig) -> str:
         "sampling.prefill_chunk",
         "sampling.prefill_rows",
         "sampling.lookahead",
+        *(f"sampling.server.{how}" for how in ("concurrency", "timeout_s", "patience_s", "key", "score_tokens")),
         *(f"{model}.{how}" for model in ("student", "teacher", "rewriter") for how in ("remat", "attention", "serve")),
         "train.micro_batches",
         "train.row_length",

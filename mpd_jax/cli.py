@@ -89,7 +89,7 @@ def train(
     settings = load(config, overrides or [])
     _join(coordinator, processes, process_id)
     try:
-        run.train(settings)
+        run.train(settings, os.environ.get)
     except hosts.Stopped as stopped:
         if hosts.is_main():
             typer.echo(f"{stopped}; the same command again goes on", err=True)

@@ -49,7 +49,7 @@ class RunSection:
 
 @dataclass(frozen=True)
 class SamplingSection:
-    """Sampling per role, and the shape of the JAX sampler that serves them.
+    """Sampling per role, the shape of the JAX sampler that serves them, and how servers are asked that do (`serve`).
 
     lookahead: 1 lets the next step's rollouts and rewriting run while this step trains, by weights that are one update
     old; 0 is strictly on-policy. Whoever writes or rewrites must then be served elsewhere (`serve`).
@@ -93,6 +93,23 @@ class RunConfig:
     def steps_are_free(self) -> bool:
         """Whether train.steps only says when to stop; a falling learning rate depends on it."""
         return self.train.schedule == "constant"
+
+    @property
+    def voices(self) -> tuple[str, ...]:
+        """The sections whose models write and rewrite."""
+        write, rewrite = self.recipe.write.by, self.recipe.rewrite
+        named = "rewriter" if self.rewriter and rewrite.by == "teacher" else rewrite.by
+        return (*([write] if write != "dataset" else []), *([named] if rewrite.how == "compress" else []))
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether run.seed decides every random draw: it does not on servers that are sent no seed.
+
+        Of rounding it says nothing: where other devices, or the other requests in a server's batch, change the last
+        bits of a logit, a draw that was close falls otherwise.
+        """
+        asked = (getattr(self, name) for name in {"student", *self.voices})  # the student, to be evaluated
+        return self.sampling.server.seed == "request" or not any(section.servers for section in asked)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -281,10 +298,7 @@ def _check_roles(config: RunConfig) -> None:
 
 def _check_serving(config: RunConfig) -> None:
     """Addresses are such, and a look-ahead samples nothing on the devices that train."""
-    recipe, sections = (
-        config.recipe,
-        {"student": config.student, "teacher": config.teacher, "rewriter": config.rewriter},
-    )
+    sections = {"student": config.student, "teacher": config.teacher, "rewriter": config.rewriter}
     for name, section in sections.items():
         if section is None or section.serve == "jax":
             continue
@@ -294,17 +308,15 @@ def _check_serving(config: RunConfig) -> None:
                 f"{name}.serve: {section.serve!r} is not allowed; give jax, the address of a vLLM server such as "
                 "http://host:8000, or a list of different ones (a key stands in the environment, not in the address)"
             )
-    if recipe.target.top_k and config.teacher and config.teacher.serve == "jax":
+    top_k = config.recipe.target.top_k
+    if top_k and config.teacher and config.teacher.serve == "jax":
         raise UserError(
-            f"recipe.target.top_k: {recipe.target.top_k} asks the teacher's servers, and teacher.serve is jax; set it "
+            f"recipe.target.top_k: {top_k} asks the teacher's servers, and teacher.serve is jax; set it "
             "to the address of a vLLM server that holds the teacher, or top_k=0, which reads it on the mesh"
         )
     if not config.sampling.lookahead:
         return
-    by = [recipe.write.by] if recipe.write.by != "dataset" else []
-    if recipe.rewrite.how == "compress":
-        by.append("rewriter" if config.rewriter and recipe.rewrite.by == "teacher" else recipe.rewrite.by)
-    for name in by:
+    for name in config.voices:
         section = sections[name]
         if section is not None and section.serve == "jax":
             raise UserError(

@@ -29,6 +29,7 @@ from mpd_jax.eval.evaluate import EvalRow
 from mpd_jax.eval.plot import plot_run
 from mpd_jax.files import write_atomically, writing
 from mpd_jax.screen import Screen, live_line
+from mpd_jax.serving import Secrets
 from mpd_jax.train import loop
 from mpd_jax.train.checkpoint import Checkpoints
 from mpd_jax.train.metrics import read_rows
@@ -47,6 +48,11 @@ FREE = (
     "sampling.prefill_chunk",
     "sampling.prefill_rows",
     "sampling.lookahead",
+    "sampling.server.concurrency",
+    "sampling.server.timeout_s",
+    "sampling.server.patience_s",
+    "sampling.server.key",
+    "sampling.server.score_tokens",
     "student.dtype",
     "student.remat",
     "student.attention",
@@ -68,8 +74,8 @@ FREE = (
 BASE, CONCISE, TRAINED = "base", "prompt-only concise", "trained"
 
 
-def train(settings: RunConfig) -> Path:
-    """Evaluate, train, evaluate again, sum up. Returns the run directory."""
+def train(settings: RunConfig, secrets: Secrets = lambda name: None) -> Path:
+    """Evaluate, train, evaluate again, sum up. Returns the run directory. secrets: API keys by name."""
     screen, run_dir, began = Screen(quiet=not hosts.is_main()), Path(settings.run.dir), time.perf_counter()
     if settings.run.compile_cache:
         keep_compiled(settings.run.compile_cache)
@@ -77,7 +83,7 @@ def train(settings: RunConfig) -> Path:
     with hosts.stoppable(screen.say), locked(run_dir), screen.bar("training", steps) as advance:
         hosts.from_main(lambda: refuse_another_run(run_dir, settings))
         run, state = build.build(
-            settings, run_dir, lambda row: advance(row["step"] + 1, live_line(row)), screen.say, screen.bar
+            settings, run_dir, lambda row: advance(row["step"] + 1, live_line(row)), screen.say, screen.bar, secrets
         )
         with closing(run), telling_what_is_saved(run.parts.checkpoints):
             write_atomically(run_dir / "config.yaml", config.to_yaml(settings))
@@ -98,6 +104,7 @@ def train(settings: RunConfig) -> Path:
             record_process(run_dir, state.step - start, time.perf_counter() - began)
             summary = summarise(run_dir, settings, rows, judged.seconds)
             write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+            run.forget()
             plot_run(read_rows(run_dir / "metrics.jsonl"), judged.curve(measured), run_dir / "curves.png")
 
         hosts.from_main(sum_up)
@@ -326,6 +333,7 @@ def summarise(
         "paired_accuracy_difference": differences,
         "rows": [row.summary() for row in rows],
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "reproducible": settings.reproducible,
         "peak_memory_bytes": max(process["peak_memory_bytes"] for process in processes),
         "versions": versions(),
     }

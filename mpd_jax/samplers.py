@@ -32,15 +32,13 @@ class Samplers:
     follows: bool
 
 
-def make_samplers(
-    config: RunConfig, roles: Roles, mesh: Mesh, whole: Callable[[Any], Any], remote: Remote | None = None
-) -> Samplers:
+def make_samplers(config: RunConfig, roles: Roles, mesh: Mesh, whole: Callable[[Any], Any], remote: Remote) -> Samplers:
     """They hold no weights yet. `whole` makes the student's weights of what trains; servers are given the latter."""
     sampling, recipe = config.sampling, config.recipe
     prompt, written = sampling.prompt_tokens, sampling.writer.max_tokens
 
     def make(files: ModelFiles, role: str, prompt: int, response: int) -> Sampler:
-        if files.serve and remote is not None:
+        if files.serve:
             return remote(files, role, prompt + response)
         return make_sampler(files, config, mesh, prompt, response)
 

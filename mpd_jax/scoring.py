@@ -23,7 +23,9 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
 Score = Callable[[Sequence[Problem], Sequence[Trajectory], int], list[Trajectory]]
 
 
-def scoring(config: RunConfig, roles: Roles, progress: Progress, say: Callable[[str], None]) -> Score | None:
+def scoring(
+    config: RunConfig, roles: Roles, servers: Callable[[ModelFiles], Servers], progress: Progress
+) -> Score | None:
     """(problems, trajectories, step) -> the same ones, those that will be trained on with what the target says of
     them; None where it is read on the mesh. Process 0 asks, and has seen by now that it can."""
     target, top_k, max_length = roles.target(config.recipe), config.recipe.target.top_k, config.train.max_length
@@ -33,7 +35,7 @@ def scoring(config: RunConfig, roles: Roles, progress: Progress, say: Callable[[
         raise UserError(
             f"recipe.target.top_k: {top_k} is not allowed: the teacher's vocabulary has {target.chat.vocab_size} tokens"
         )
-    scorer = Scorer(teacher_servers(config, target, say), top_k)
+    scorer = Scorer(servers(target), top_k)
     hosts.from_main(lambda: scorer.check(max_length))
 
     def score(problems: Sequence[Problem], trajectories: Sequence[Trajectory], step: int) -> list[Trajectory]:
@@ -52,13 +54,6 @@ def scoring(config: RunConfig, roles: Roles, progress: Progress, say: Callable[[
         return [replace(t, target=said.get(id(t))) for t in trajectories]
 
     return score
-
-
-def teacher_servers(config: RunConfig, teacher: ModelFiles, say: Callable[[str], None]) -> Servers:
-    """The servers that hold the teacher, once one of them has answered."""
-    servers = Servers(teacher.serve, config.sampling.server, say=say)
-    hosts.from_main(lambda: servers.wait_until_ready(hosts.check))
-    return servers
 
 
 def _packed(tops: Sequence[TopK]) -> list[str]:

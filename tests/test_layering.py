@@ -19,7 +19,7 @@ LAYERS = [
     {"config"},
     {"screen"},
     {"roles"},
-    {"batches", "samplers", "scoring"},
+    {"batches", "samplers", "scoring", "serving"},
     {"build"},
     {"run"},
     {"use"},

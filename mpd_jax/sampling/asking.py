@@ -144,7 +144,7 @@ class Round:
             raise refusal
         try:
             answer = json.loads(text)
-            choices = answer.get("choices", ())
+            choices = answer.get("choices") or ()
         except (ValueError, AttributeError):
             raise Fault("garbled", f"{server.url}{self.path}: no JSON, but {text[-80:]!r} at its end") from None
         if any(choice.get("finish_reason") == "abort" for choice in choices):

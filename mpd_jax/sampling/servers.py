@@ -132,15 +132,18 @@ class Servers:
         timeout_s: float = 60.0,
         ok: Sequence[int] = (200,),
         urls: Sequence[str] | None = None,
+        patience_s: float | None = None,
     ) -> list[Any]:
         """The same administrative call to every server (or to `urls`), at once; their answers in order, JSON or text.
 
-        Only a server that takes no connection is tried again, for `patience_s`: no call is made twice.
+        Only a server that takes no connection is tried again, for `patience_s` (the config's, unless given; what
+        `admit` calls has none, for `ask` does not end before it): no call is made twice.
         """
+        patience = self.config.patience_s if patience_s is None else patience_s
 
         async def call(url: str) -> Any:
             async with self._wire.client() as client:
-                deadline = time.monotonic() + self.config.patience_s
+                deadline = time.monotonic() + patience
                 while True:
                     try:
                         return await self._wire.call(client, url, method, path, body, timeout_s=timeout_s, ok=ok)

@@ -7,8 +7,10 @@ import asyncio
 import json
 import math
 import re
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import httpx2
@@ -97,7 +99,9 @@ class Wire:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         timeout = httpx2.Timeout(None, connect=CONNECT_S)
         # trust_env: proxies and .netrc of the environment are not for servers that stand beside the trainer.
-        return httpx2.AsyncClient(headers=headers, timeout=timeout, limits=limits, trust_env=False)
+        return httpx2.AsyncClient(
+            headers=headers, timeout=timeout, limits=limits, trust_env=False, verify=_certificates()
+        )
 
     async def exchange(
         self, client: Any, url: str, method: str, path: str, body: dict | None, timeout_s: float
@@ -192,6 +196,12 @@ _REMEDIES = (
     (r"out of vocabulary", "the server holds a model with another vocabulary: serve the one that the config names"),
     (r"per-request seed", "set sampling.server.seed=none; such a run is not reproducible"),
 )
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Whom https addresses are believed; to read them takes longer than many an exchange."""
+    return httpx2.create_ssl_context(trust_env=False)
 
 
 def words(text: str) -> str:

@@ -1,0 +1,100 @@
+"""Models that vLLM servers hold: from `serve` of a config's sections to samplers that ask there (samplers.Remote).
+
+Process 0 alone speaks with servers; every process makes the same calls here, and hears what it has to.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from mpd_jax import files, hosts
+from mpd_jax.config import RunConfig
+from mpd_jax.roles import ModelFiles
+from mpd_jax.sampling.servers import Servers
+from mpd_jax.sampling.vllm_client import Push, VLLMSampler
+from mpd_jax.types import UserError
+
+Secrets = Callable[[str], str | None]  # the environment, of which only the command line knows
+MakePush = Callable[[ModelFiles, str | None], Push]  # what brings a model's weights to its servers, and the API key
+
+
+class Serving:
+    """Makes the samplers of models that are served, once their servers answer.
+
+    run_dir: holds responses until they are stored as what they are for. settings: see VLLMSampler. push: without it no
+    student can be served.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        settings: str,
+        *,
+        secrets: Secrets,
+        say: Callable[[str], None],
+        progress: Callable[[str, int], AbstractContextManager[Callable[..., None]]],
+        push: MakePush | None = None,
+    ):
+        if config.student.servers and push is None:
+            raise UserError(
+                f"student.serve: {config.student.serve!r} is not allowed yet: nothing brings the weights that train to "
+                "a server; set student.serve=jax"
+            )
+        self._config, self._run_dir, self._settings = config.sampling.server, run_dir, settings
+        # A key that cannot be one is process 0's to refuse.
+        self._key = secrets(self._config.key) if hosts.is_main() else None
+        self._say, self._progress, self._push = say, progress, push
+        self._opened: dict[str, tuple[Servers, Push | None]] = {}
+        self._spills: list[Path] = []
+
+    def servers(self, held: ModelFiles) -> Servers:
+        """A served model's servers, once one of them has answered."""
+        if held.key not in self._opened:
+            self._opened[held.key] = self._open(held)
+        return self._opened[held.key][0]
+
+    def sampler(self, held: ModelFiles, role: str, max_length: int) -> VLLMSampler:
+        """A sampler of a served model, for prompts and responses of `max_length` tokens together."""
+        servers, push = self.servers(held), self._opened[held.key][1]
+        window = hosts.from_main(lambda: servers.window)
+        if max_length > window:
+            raise UserError(
+                f"{held.key}.serve: prompts and responses of {max_length} tokens together exceed the {window} that "
+                f"{', '.join(servers.urls)} takes; raise --max-model-len there, or lower sampling.prompt_tokens, or "
+                "max_tokens in sampling.writer, sampling.rewriter or eval"
+            )
+        self._spills.append(self._run_dir / "trajectories" / f"unfinished.{role}.jsonl")
+        return VLLMSampler(
+            servers,
+            eos_ids=held.eos_ids,
+            vocab_size=held.chat.vocab_size,
+            padding=held.model.config.vocab_size - held.chat.vocab_size,
+            max_length=max_length,
+            spill=self._spills[-1],
+            settings=self._settings,
+            push=push,
+        )
+
+    def forget(self) -> None:
+        """Removes the last responses: they are stored elsewhere by now."""
+        for path in self._spills:
+            files.remove(path)
+
+    def _open(self, held: ModelFiles) -> tuple[Servers, Push | None]:
+        servers = Servers(held.serve, self._config, key=self._key, say=self._say)
+        hosts.from_main(lambda: self._wait(held.key, servers))
+        trains = held.key == "student"
+        return servers, self._push(held, self._key) if trains and self._push else None
+
+    def _wait(self, key: str, servers: Servers) -> None:
+        with self._progress(f"waiting for {key}.serve", 1) as advance:
+
+            def tick() -> None:
+                advance(0)
+                hosts.check()
+
+            servers.wait_until_ready(tick)
+            advance(1)
+        says = f"{servers.model!r}, prompts and responses of {servers.window} tokens, vLLM {servers.version}"
+        self._say(f"{key}: served by {', '.join(servers.urls)} ({says})")
