@@ -250,7 +250,9 @@ def plan(
     raise typer.Exit(0 if result["fits"] else 1)
 
 
-bench = typer.Typer(no_args_is_help=True, help="Measure this machine: the fused head, the sampler, packing.")
+bench = typer.Typer(
+    no_args_is_help=True, help="Measure: the fused head, the sampler, packing, a target of which little is known."
+)
 app.add_typer(bench, name="bench")
 
 
@@ -283,6 +285,16 @@ def bench_pack(as_json: Json = False) -> None:
     from mpd_jax import bench_pack
 
     result = bench_pack.run(json=as_json)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+
+
+@bench.command("topk")
+def bench_topk(as_json: Json = False) -> None:
+    """Of the divergence from a teacher what is left when a server says its k most likely tokens, k from 1 to 64."""
+    from mpd_jax import bench_topk
+
+    result = bench_topk.run(json=as_json)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
 

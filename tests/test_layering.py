@@ -24,6 +24,7 @@ LAYERS = [
     {"run"},
     {"use"},
     {"bench_head", "bench_pack", "bench_sample", "plan"},
+    {"bench_topk"},
     {"cli"},
     {"__main__"},
 ]
