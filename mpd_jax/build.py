@@ -30,10 +30,7 @@ from mpd_jax.roles import ModelFiles, Roles, open_model, open_roles
 from mpd_jax.samplers import Samplers, load_frozen, make_samplers
 from mpd_jax.sampling.probe import PROMPTS
 from mpd_jax.sampling.sampler import Sampler
-<<<<<<< HEAD
 from mpd_jax.sampling.weight_push import WeightPush
-=======
->>>>>>> d8b4f192cffdb41c75d1a8d808dac42c95be6d08
 from mpd_jax.scoring import scoring
 from mpd_jax.serving import Secrets, Serving
 from mpd_jax.sharding import MeshConfig, make_mesh, tree_shardings
@@ -178,11 +175,6 @@ def build(
     hosts.require_same("the config, the problems or the version of mpd-jax", _digest(config, training, heldout))
 
     settings = _fingerprint(config)
-<<<<<<< HEAD
-=======
-    serving = Serving(config, run_dir, settings, secrets=secrets, say=say, progress=progress)
-    score = scoring(config, roles, serving.servers, progress)
->>>>>>> d8b4f192cffdb41c75d1a8d808dac42c95be6d08
     student = roles.student
     with ExitStack() as stack:
         phases = PhaseLog(run_dir / "phase.log")
@@ -304,12 +296,8 @@ def _fingerprint(config: RunConfig) -> str:
         "sampling.prefill_chunk",
         "sampling.prefill_rows",
         "sampling.lookahead",
-<<<<<<< HEAD
         *(f"sampling.server.{how}" for how in ("concurrency", "score_tokens", "timeout_s", "patience_s", "key")),
         *(f"sampling.push.{how}" for how in ("way", "directory", "seen_as", "restart", "timeout_s")),
-=======
-        *(f"sampling.server.{how}" for how in ("concurrency", "timeout_s", "patience_s", "key", "score_tokens")),
->>>>>>> d8b4f192cffdb41c75d1a8d808dac42c95be6d08
         *(f"{model}.{how}" for model in ("student", "teacher", "rewriter") for how in ("remat", "attention", "serve")),
         "train.micro_batches",
         "train.row_length",

@@ -254,13 +254,7 @@ def plan(
     raise typer.Exit(0 if result["fits"] else 1)
 
 
-<<<<<<< HEAD
-bench = typer.Typer(no_args_is_help=True, help="Measure this machine: the fused head, the sampler, packing, a server.")
-=======
-bench = typer.Typer(
-    no_args_is_help=True, help="Measure: the fused head, the sampler, packing, a target of which little is known."
-)
->>>>>>> d8b4f192cffdb41c75d1a8d808dac42c95be6d08
+bench = typer.Typer(no_args_is_help=True, help="Measure: the fused head, the sampler, packing, a server, scoring.")
 app.add_typer(bench, name="bench")
 
 
@@ -297,7 +291,6 @@ def bench_pack(as_json: Json = False) -> None:
         typer.echo(json.dumps(result, indent=2))
 
 
-<<<<<<< HEAD
 @bench.command("serve")
 def bench_serve(
     url: Annotated[str, typer.Argument(help="A vLLM server, without an API key.", show_default=False)],
@@ -314,14 +307,16 @@ def bench_serve(
     from mpd_jax import bench_serve
 
     result = bench_serve.run(url, json=as_json, path=model, vllm=vllm, concurrency=concurrency)
-=======
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+
+
 @bench.command("topk")
 def bench_topk(as_json: Json = False) -> None:
     """Of the divergence from a teacher what is left when a server says its k most likely tokens, k from 1 to 64."""
     from mpd_jax import bench_topk
 
     result = bench_topk.run(json=as_json)
->>>>>>> d8b4f192cffdb41c75d1a8d808dac42c95be6d08
     if as_json:
         typer.echo(json.dumps(result, indent=2))
 

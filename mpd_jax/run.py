@@ -53,11 +53,7 @@ FREE = (
     "sampling.server.timeout_s",
     "sampling.server.patience_s",
     "sampling.server.key",
-<<<<<<< HEAD
     "sampling.push",
-=======
-    "sampling.server.score_tokens",
->>>>>>> d8b4f192cffdb41c75d1a8d808dac42c95be6d08
     "student.dtype",
     "student.remat",
     "student.attention",

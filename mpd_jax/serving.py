@@ -45,7 +45,6 @@ class Serving:
         self._spills: list[Path] = []
 
     def servers(self, held: ModelFiles) -> Servers:
-<<<<<<< HEAD
         """The servers of a model, once one of them has answered."""
         if held.key not in self._servers:
             servers = self._servers[held.key] = Servers(held.serve, self._config, key=self._key, say=self._say)
@@ -57,16 +56,6 @@ class Serving:
         servers = self.servers(held)
         if held.key == "student" and held.key not in self._pushes:
             self._pushes[held.key] = self._push(held, self._key)
-=======
-        """A served model's servers, once one of them has answered."""
-        if held.key not in self._opened:
-            self._opened[held.key] = self._open(held)
-        return self._opened[held.key][0]
-
-    def sampler(self, held: ModelFiles, role: str, max_length: int) -> VLLMSampler:
-        """A sampler of a served model, for prompts and responses of `max_length` tokens together."""
-        servers, push = self.servers(held), self._opened[held.key][1]
->>>>>>> d8b4f192cffdb41c75d1a8d808dac42c95be6d08
         window = hosts.from_main(lambda: servers.window)
         if max_length > window:
             raise UserError(

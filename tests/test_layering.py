@@ -19,21 +19,13 @@ LAYERS = [
     {"config"},
     {"screen"},
     {"roles"},
-<<<<<<< HEAD
     {"batches", "samplers", "serving"},
     {"scoring"},
-=======
-    {"batches", "samplers", "scoring", "serving"},
->>>>>>> d8b4f192cffdb41c75d1a8d808dac42c95be6d08
     {"build"},
     {"run"},
     {"use"},
     {"bench_head", "bench_pack", "bench_sample", "plan"},
-<<<<<<< HEAD
-    {"bench_serve"},
-=======
-    {"bench_topk"},
->>>>>>> d8b4f192cffdb41c75d1a8d808dac42c95be6d08
+    {"bench_serve", "bench_topk"},
     {"cli"},
     {"__main__"},
 ]
