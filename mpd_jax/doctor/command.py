@@ -47,11 +47,11 @@ def examine(config: RunConfig, secrets: Secrets, screen: Screen, *, quick: bool)
 
 def before_training(config: RunConfig, roles: Roles, secrets: Secrets, say: Callable[[str], None]) -> None:
     """The quick part, on process 0: warnings are said, and a failure is a UserError. Servers that do not answer yet
-    are waited for later."""
+    are no failure: a run waits for them."""
     mesh = make_mesh(config.mesh)
     found = machine.rows(config, roles, mesh)
     found += served(config, roles, mesh, secrets)
-    wrong = [row for row in found if row.verdict == "FAIL"]
+    wrong = [row for row in found if row.verdict == "FAIL" and not row.silent]
     for row in found:
         if row.verdict == "warn":
             say(f"warning: {row.what}: {row.words}")
@@ -79,8 +79,8 @@ def served(
         return [failed("samplers", error)]
     found: list[Row] = []
     for one in asked:
-        inspected = Inspected(config, one, secrets(config.sampling.server.key))
-        rows = inspected.rows(whole=whole)
+        inspected = Inspected(config, one, secrets(config.sampling.server.key), whole=whole)
+        rows = inspected.rows()
         found += rows
         if loading is None or one.held.key == "student":
             continue

@@ -8,20 +8,26 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from mpd_jax.sampling.servers import Unreachable
 from mpd_jax.types import UserError
 
 Verdict = Literal["ok", "warn", "FAIL", "skipped"]
+SHOWN = ("what", "verdict", "seen", "change")
 COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "bold red", "skipped": "dim"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """what: the claim that was checked. seen: what it was checked against, or found. change: what to do about it."""
+    """what: the claim that was checked. seen: what it was checked against, or found. change: what to do about it.
+
+    silent: nobody answered, which may be otherwise by the time that a run asks.
+    """
 
     what: str
     verdict: Verdict
     seen: str = ""
     change: str = ""
+    silent: bool = False
 
     @property
     def words(self) -> str:
@@ -31,7 +37,7 @@ class Row:
 def failed(what: str, error: UserError, verdict: Verdict = "FAIL") -> Row:
     """A user's mistake: what is wrong, and behind the last semicolon of its message the remedy."""
     seen, _, change = str(error).rpartition("; ")
-    return Row(what, verdict, seen, change) if seen else Row(what, verdict, change)
+    return Row(what, verdict, seen or change, change if seen else "", isinstance(error, Unreachable))
 
 
 def check(what: str, see: Callable[[], str | Row | None]) -> Row:
@@ -53,7 +59,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def as_json(rows: Sequence[Row]) -> dict[str, Any]:
-    return {"ok": sound(rows), "rows": [vars(row) for row in rows]}
+    return {"ok": sound(rows), "rows": [{name: getattr(row, name) for name in SHOWN} for row in rows]}
 
 
 def sound(rows: Sequence[Row]) -> bool:

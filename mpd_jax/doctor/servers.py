@@ -27,7 +27,7 @@ from mpd_jax.serving import require_window
 from mpd_jax.types import UserError
 
 DRAWN = 16  # tokens of a trial response
-BUSY_S = 5.0  # for which a server may say that it is busy
+PATIENCE_S = 180.0  # for an answer: a server may compile when it is first asked
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,18 @@ def asked_of_servers(config: RunConfig, roles: Roles, mesh: Mesh) -> list[Asked]
 
 
 class Inspected:
-    """The servers of one model, each looked at alone."""
+    """The servers of one model, each looked at alone.
 
-    def __init__(self, config: RunConfig, asked: Asked, key: str | None):
-        self.config, self.asked = config, asked
-        server = replace(config.sampling.server, patience_s=BUSY_S, timeout_s=LOOK_S)
+    whole: their start flags too, which may take a server some seconds to tell. Without it one that does not answer its
+    first request soon is left alone: it compiles, or a run that was killed left it paused, and the next push will end
+    that.
+    """
+
+    def __init__(self, config: RunConfig, asked: Asked, key: str | None, *, whole: bool):
+        self.config, self.asked, self.whole = config, asked, whole
+        server = config.sampling.server
+        if whole:
+            server = replace(server, patience_s=PATIENCE_S, timeout_s=PATIENCE_S)
         self.all = Servers(asked.held.serve, server, key=key, say=lambda message: None)
         self.one = {url: Servers([url], server, key=key, say=lambda message: None) for url in self.all.urls}
 
@@ -70,8 +77,7 @@ class Inspected:
     def name(self) -> str:
         return self.asked.held.key
 
-    def rows(self, *, whole: bool) -> list[Row]:
-        """whole: their start flags too, which may take a server some seconds to tell."""
+    def rows(self) -> list[Row]:
         if len(self.one) > 1:
             try:
                 self.all.facts()
@@ -81,30 +87,30 @@ class Inspected:
                 return [failed(f"{self.name}: servers", error)]
         found: dict[Row, list[str]] = {}
         for url, server in self.one.items():
-            for row in self._rows(server, whole):
+            for row in self._rows(server):
                 found.setdefault(row, []).append(url)
         return [row if len(at) == len(self.one) else replace(row, what=f"{row.what}, {', '.join(at)}")
                 for row, at in found.items()]  # fmt: skip
 
-    def _rows(self, server: Servers, whole: bool) -> list[Row]:
+    def _rows(self, server: Servers) -> list[Row]:
         held, name = self.asked.held, self.name
         try:
             facts = server.facts()
         except Unreachable as error:
-            if not whole:  # it is waited for
-                return []
             others = any(other.alive()[0] for other in self.one.values() if other is not server)
             return [failed(f"{name}: server", error, "warn" if others else "FAIL")]
         except UserError as error:
             return [failed(f"{name}: server", error)]
         seen = f"vLLM {facts.version}, {facts.model!r}, {facts.window:,} tokens"
         found = [Row(f"{name}: server", "ok", seen)]
-        told = flags.told(server) if whole else None
-        if whole:
+        if self.whole:
+            told = flags.told(server)
             found += flags.rows(self.config, held, told, samples=self.asked.length > 0, scores=self.asked.top_k > 0)
         if not sound(found):
             return found  # what follows might be its end
         found.append(check(f"{name}: vocabulary of the server", lambda: self._vocabulary(server)))
+        if found[-1].silent:
+            return found
         if self.asked.length:
             found.append(check(f"{name}: window", lambda: self._window(server)))
             found += self._drawn(server)
@@ -122,7 +128,7 @@ class Inspected:
     def _vocabulary(self, server: Servers) -> str:
         rows = self.asked.held.model.config.vocab_size
         body = {"model": server.model, "prompt": [rows - 1], "max_tokens": 1, "temperature": 0.0}
-        server.every("POST", PATH, body, timeout_s=LOOK_S)
+        server.every("POST", PATH, body, timeout_s=PATIENCE_S if self.whole else LOOK_S, patience_s=0.0)
         return f"it takes id {rows - 1:,}, the last row of the head"
 
     def _drawn(self, server: Servers) -> list[Row]:
