@@ -61,6 +61,12 @@ def tokenize(prompt):
     return list(chat().encode(prompt) if isinstance(prompt, str) else chat().prompt("plain", PROBE))
 
 
+@pytest.fixture(autouse=True)
+def few_problems(monkeypatch):
+    monkeypatch.setattr(build, "TINY_TRAINING", 64)
+    monkeypatch.setattr(build, "TINY_HELDOUT", 32)
+
+
 @pytest.fixture
 def server():
     with FakeServer() as server:
@@ -119,8 +125,9 @@ def test_where_all_is_well_no_verdict_is_another_and_the_agreement_is_measured(t
             assert checked in whats
         assert not (tmp_path / "run").exists()
         server.off_temperature = 1.2
-        (row,) = (r for r in command.served(made, open_roles(made), make_mesh(made.mesh), lambda n: None, whole=True,
-                  loading=str) if "log-probabilities" in r.what)  # fmt: skip
+        roles, mesh = open_roles(made), make_mesh(made.mesh)
+        inspected = Inspected(made, Asked(roles.teacher, 200, 8), None, whole=True)
+        (row,) = inspected.agreement(mesh, [], roles.teacher.weights(mesh))
         assert row.verdict == "FAIL" and "float32 allows 0.01" in row.seen and "serve the weights of" in row.change
 
 
