@@ -27,7 +27,7 @@ ROOM = 64  # tokens; the teacher behind the server reads as many each time
 NOBODY = "http://127.0.0.1:9"
 
 
-def started(on="cpu", at_once=64 * 512, tied="false", modules=("q_proj",), **adapters):
+def started(on="cpu", at_once=64 * 512, model="/untied", modules=("q_proj",)):
     """What a server of 64 sequences of 512 tokens says of its start."""
     return {
         "model_config": {
@@ -35,7 +35,7 @@ def started(on="cpu", at_once=64 * 512, tied="false", modules=("q_proj",), **ada
             "max_model_len": 512,
             "max_logprobs": 20,
             "logprobs_mode": "raw_logprobs",
-            "hf_config": f'Qwen3Config {{\n  "tie_word_embeddings": {tied}\n}}',
+            "model": str(model),
         },
         "scheduler_config": {
             "max_num_batched_tokens": at_once,
@@ -65,6 +65,15 @@ def tokenize(prompt):
 def few_problems(monkeypatch):
     monkeypatch.setattr(build, "TINY_TRAINING", 64)
     monkeypatch.setattr(build, "TINY_HELDOUT", 32)
+
+
+@pytest.fixture
+def untied(tmp_path):
+    """The shipped student's files, as if its head were one of its own."""
+    directory = copy_of("student", tmp_path / "untied", [508])
+    hf = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**hf, "tie_word_embeddings": False}))
+    return directory
 
 
 @pytest.fixture
@@ -102,9 +111,9 @@ def teacher():
     return logprobs_TV
 
 
-def test_where_all_is_well_no_verdict_is_another_and_the_agreement_is_measured(tmp_path, teacher):
+def test_where_all_is_well_no_verdict_is_another_and_the_agreement_is_measured(tmp_path, teacher, untied):
     with FakeServer(teacher) as server:
-        server.tokenize, server.info = tokenize, started()
+        server.tokenize, server.info = tokenize, started(model=untied)
         at = [f"student.serve={server.url}", f"teacher.serve={server.url}", "recipe.target.top_k=8"]
         made = settings(*at, f"run.dir={tmp_path}/run", "problems.train=tiny")
         found = command.examine(made, lambda name: None, Screen(quiet=True), quick=False)
@@ -184,16 +193,18 @@ def test_a_server_that_a_request_may_end_is_asked_nothing(server):
     assert not server.bodies()
 
 
-def test_the_student_is_told_how_it_gets_its_weights(server):
+def test_the_student_is_told_how_it_gets_its_weights(server, untied):
+    server.info = started(model=untied)
     ask = {"name": "student", "top_k": 0}
     assert rows_of(server, **ask)["push"].seen == "reload"
     assert rows_of(server, **ask)["tied head"].verdict == "ok"
     assert rows_of(server, "sampling.push.restart=again", "sampling.push.way=restart", **ask)["push"].verdict == "ok"
     by_hand = rows_of(server, "sampling.push.way=restart", **ask)["push"]
     assert by_hand.verdict == "warn" and "sampling.push.restart" in by_hand.change
-    server.info = started(tied="true")
-    tied = rows_of(server, **ask)["tied head"]
-    assert tied.verdict == "FAIL" and "--untie" in tied.change
+    for directory, verdict in ((TINY / "student", "FAIL"), ("/elsewhere", "warn")):
+        server.info = started(model=directory)
+        tied = rows_of(server, **ask)["tied head"]
+        assert tied.verdict == verdict and "--untie" in tied.change
     server.info, server.dev, server.lora = None, False, False
     rows = rows_of(server, **ask)
     assert rows["push"].verdict == "FAIL" and "VLLM_SERVER_DEV_MODE" in rows["push"].change

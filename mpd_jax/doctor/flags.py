@@ -1,10 +1,12 @@
 """How a server was started, as far as it tells, and starts with which some servers were seen to die or to lie."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mpd_jax.config import RunConfig
 from mpd_jax.doctor.rows import Row
+from mpd_jax.models.hf_weights import CONFIG, load_config
 from mpd_jax.roles import ModelFiles
 from mpd_jax.sampling.proof import TOLERANCE
 from mpd_jax.sampling.servers import Servers
@@ -46,7 +48,7 @@ def rows(config: RunConfig, held: ModelFiles, info: Told | None, *, samples: boo
             return [Row(f"{key}: start flags", "skipped", "it does not tell them")]
         seen = "it does not tell them (VLLM_SERVER_DEV_MODE is not set there)"
         return [Row(f"{key}: start flags", "warn", seen, f"see that it has {', and '.join(needed)}")]
-    on_cpu = "cpu" in str(value(info, "device_config", "device") or value(info, "device_config", "device_type"))
+    on_cpu = "cpu" in str(value(info, "device_config", "device"))
     found = [_told(key, info, on_cpu)]
     if seeded:
         found.append(_seeds(key, info, on_cpu))
@@ -98,10 +100,10 @@ def _adapters(key: str, info: Told, on_cpu: bool) -> Row:
 
 def _tied(key: str, info: Told) -> Row:
     """A CPU packs the head when it starts: after a reload a tied one still multiplies with the old weights."""
-    said = str(value(info, "model_config", "hf_config")).replace("'", '"').lower()
-    tie = said.partition('"tie_word_embeddings":')[2].strip()
-    if tie.startswith("false"):
-        return Row(f"{key}: tied head", "ok", "untied there")
-    seen = "its head is the embedding, and on a CPU a reload leaves the old weights in it"
+    directory = Path(str(value(info, "model_config", "model")))
+    here = directory.is_absolute() and (directory / CONFIG).is_file()
+    if here and not load_config(directory).tie_embeddings:
+        return Row(f"{key}: tied head", "ok", f"untied in {directory}")
+    seen = f"the head {'is' if here else 'may be'} the embedding in {directory}, which a CPU does not reload"
     change = "serve what `mpd-jax export --untie` writes, or set sampling.push.way=restart"
-    return Row(f"{key}: tied head", "FAIL" if tie.startswith("true") else "warn", seen, change)
+    return Row(f"{key}: tied head", "FAIL" if here else "warn", seen, change)

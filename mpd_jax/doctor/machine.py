@@ -89,7 +89,7 @@ def _disk(key: str, place: str, size: int, kept: int, what: str, under: str) -> 
     free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
     there = len([p for p in (path / under).glob("[0-9]*")]) if under else 0
     wanted = max(1, kept - there)
-    seen = f"{free / GiB:,.1f} GiB free at {path}, for {wanted} more {what} of {size / GiB:,.2f} GiB each" + (
+    seen = f"{_words(free)} free at {path}, for {wanted} more {what} of {_words(size)} each" + (
         f" beside {there} that are there" if there else ""
     )
     if free >= wanted * size:
