@@ -128,6 +128,7 @@ class _Held:
         self._beats.join()
         with suppress(Exception):  # it is dead by itself after a while
             self._bucket.blob(self._name).delete(if_generation_match=self._generation, timeout=TIMEOUT_S)
+        self._bucket.client.close()
 
 
 def _described(holder: dict[str, str]) -> str:

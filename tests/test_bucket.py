@@ -3,6 +3,7 @@
 The bucket is another program's (tests/bucket.py), reached through the same libraries as Google's own.
 """
 
+import gc
 import itertools
 import os
 import threading
@@ -36,6 +37,7 @@ numbers = itertools.count()
 def _bucket():
     with bucket.in_this_process():
         yield
+        gc.collect()  # here, and not in the test of another module
 
 
 @pytest.fixture

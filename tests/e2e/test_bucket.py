@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from mpd_jax import files, lock, use
 from mpd_jax.train.metrics import read_rows
 from tests import bucket
+from tests.e2e.test_hosts import Processes, assert_alike
 from tests.e2e.test_kill import STEPS, command, ending, environment, run_to_the_end
 
 ADDRESS = "gs://bucket/runs/killed"
@@ -26,6 +28,7 @@ def killed_after_a_checkpoint(run_dir: files.AnyPath, cache: Path) -> None:
     with subprocess.Popen(command(run_dir), env=environment(cache), stderr=subprocess.PIPE, text=True) as process:
         while b"2 write" not in (files.read(run_dir / "phase.log") or b""):
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
 
 
@@ -64,3 +67,16 @@ def test_a_run_in_a_bucket_is_evaluated_sampled_and_graded_again(capsys):
     assert list((files.path(ADDRESS) / "evaluations" / "regraded_rules").glob("*.jsonl"))
     use.evaluate(ADDRESS, None, ["eval.problems=4"], None, None)
     assert "trained, step 4" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_no_disk_train_like_one(tmp_path):
+    there, here = files.path("gs://bucket/runs/two"), tmp_path / "one"
+    longer = ("train.save_every=2", "train.schedule=constant")
+    for run_dir, count in ((there, 2), (here, 1)):
+        run = Processes(run_dir, count, tmp_path / "cache", *longer)
+        assert run.codes() == [0] * count, run.said(0)
+    assert_alike(there, here)
+    assert sorted(path.name for path in (there / "checkpoints").glob("[0-9]*")) == ["2", "3"]
+    again = Processes(there, 2, tmp_path / "cache", *longer, "train.steps=4")
+    assert again.codes() == [0, 0] and "resuming gs://bucket/runs/two after step 3" in again.said(0)
