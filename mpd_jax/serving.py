@@ -5,7 +5,6 @@ Process 0 alone speaks with servers; every process makes the same calls here, an
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 from mpd_jax import files, hosts
 from mpd_jax.config import RunConfig
@@ -28,7 +27,7 @@ class Serving:
     def __init__(
         self,
         config: RunConfig,
-        run_dir: Path,
+        run_dir: files.AnyPath,
         settings: str,
         *,
         secrets: Secrets,
@@ -42,7 +41,7 @@ class Serving:
         self._say, self._progress, self._push = say, progress, push
         self._servers: dict[str, Servers] = {}
         self._pushes: dict[str, Push] = {}
-        self._spills: list[Path] = []
+        self._spills: list[files.AnyPath] = []
 
     def servers(self, held: ModelFiles) -> Servers:
         """The servers of a model, once one of them has answered."""
