@@ -63,15 +63,8 @@ class Serving:
                 "max_tokens in sampling.writer, sampling.rewriter or eval"
             )
         self._spills.append(self._run_dir / "trajectories" / f"unfinished.{role}.jsonl")
-        return VLLMSampler(
-            servers,
-            eos_ids=held.eos_ids,
-            vocab_size=held.chat.vocab_size,
-            padding=held.model.config.vocab_size - held.chat.vocab_size,
-            max_length=max_length,
-            spill=self._spills[-1],
-            settings=self._settings,
-            push=self._pushes.get(held.key),
+        return sampler_of(
+            held, servers, max_length, self._spills[-1], settings=self._settings, push=self._pushes.get(held.key)
         )
 
     def forget(self) -> None:
@@ -90,3 +83,19 @@ class Serving:
             advance(1)
         says = f"{servers.model!r}, prompts and responses of {servers.window} tokens, vLLM {servers.version}"
         self._say(f"{key}: served by {', '.join(servers.urls)} ({says})")
+
+
+def sampler_of(
+    held: ModelFiles, servers: Servers, max_length: int, spill: Path, settings: str = "", push: Push | None = None
+) -> VLLMSampler:
+    """A sampler on servers that hold this model; see VLLMSampler."""
+    return VLLMSampler(
+        servers,
+        eos_ids=held.eos_ids,
+        vocab_size=held.chat.vocab_size,
+        padding=held.model.config.vocab_size - held.chat.vocab_size,
+        max_length=max_length,
+        spill=spill,
+        settings=settings,
+        push=push,
+    )
