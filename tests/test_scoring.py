@@ -193,7 +193,7 @@ def some_trajectories(chat, problems):
 
 def test_a_run_asks_its_teacher_s_server_and_trains_without_the_teacher_s_weights(tmp_path, teacher):
     with FakeServer(teacher, vocab_size=512, window=1024) as server:
-        made, state = opened(tmp_path, f"teacher.serve={server.url}", "recipe.target.top_k=8")
+        made, state = opened(tmp_path, f"teacher.serve={server.url}", "recipe.target={top_k: 8, context: concise}")
         try:
             parts, problems = made.parts, made.parts.problems.at(0)
             trajectories = some_trajectories(made.student.chat, problems)
@@ -207,7 +207,8 @@ def test_a_run_asks_its_teacher_s_server_and_trains_without_the_teacher_s_weight
     left = 0.0
     for t in told:
         if not t.dropped:
-            rows_RV = teacher([*t.prompt, *t.response])[len(t.prompt) - 1 : -1].astype(np.float64)
+            prompt = made.student.chat.prompt("concise", next(p for p in problems if p.id == t.problem_id))
+            rows_RV = teacher([*prompt, *t.response])[len(prompt) - 1 : -1].astype(np.float64)
             left += (1 - np.exp(np.sort(rows_RV, axis=1)[:, -8:]).sum(1)).clip(1e-6).sum()
     assert out["tail_mass"] == pytest.approx(left, rel=1e-3)
     assert out["finite"] and 0 < out["loss"] < out["divergence"]
