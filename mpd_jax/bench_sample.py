@@ -79,13 +79,12 @@ def run(
         given = f"batches={list(batches)}, rounds={rounds}, repeats={repeats}, max_tokens={max_tokens}"
         raise UserError(f"bench sample {given}: every size must be at least 1")
     subject = open_subject(path, count=max(batches) * rounds, max_tokens=max_tokens)
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    generate = transformers_generate(subject.files.directory, subject.files.eos_ids, threads)
+    generate = transformers_generate(subject.files.directory, subject.files.eos_ids, threads())
     result = {
         "model": path,
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
-        "threads": threads,
+        "threads": threads(),
         "batches": [compare(subject, generate, size, size * rounds, repeats) for size in batches],
         "steps": refill_steps(subject, slots=min(batches)),
         "shape_divergence": shape_divergence(subject, slots=(min(batches), max(1, min(batches) // 2))),
@@ -93,6 +92,11 @@ def run(
     if not json:
         show(result)
     return result
+
+
+def threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_subject(path: str, count: int, max_tokens: int) -> Subject:

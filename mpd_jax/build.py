@@ -8,10 +8,9 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -23,11 +22,14 @@ from mpd_jax.config import RunConfig, flat, under
 from mpd_jax.data.chat import Chat, Contexts
 from mpd_jax.data.problems import ProblemsConfig, ProblemSet, read, refuse_overlap
 from mpd_jax.eval.grade import GraderPool, grade
+from mpd_jax.files import AnyPath, Lines
 from mpd_jax.recipe import rewrite, target, write
 from mpd_jax.recipe.recipe import Recipe
 from mpd_jax.roles import ModelFiles, Roles, open_model, open_roles
 from mpd_jax.samplers import Samplers, load_frozen, make_samplers
+from mpd_jax.sampling.probe import PROMPTS
 from mpd_jax.sampling.sampler import Sampler
+from mpd_jax.sampling.weight_push import WeightPush
 from mpd_jax.scoring import scoring
 from mpd_jax.serving import Secrets, Serving
 from mpd_jax.sharding import MeshConfig, make_mesh, tree_shardings
@@ -126,9 +128,37 @@ def check_sizes(config: RunConfig, roles: Roles, mesh: Mesh, problems: Sequence[
 Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
 
 
+def _push(
+    config: RunConfig,
+    mesh: Mesh,
+    whole: Callable[[Any], Any],
+    run_dir: AnyPath,
+    training: Sequence[Problem],
+    stack: ExitStack,
+    say: Say,
+    student: ModelFiles,
+    key: str | None,
+) -> WeightPush:
+    """What brings the student to its servers. It is proved on prompts of the run; each push is a line on disk."""
+    lines = stack.enter_context(closing(Lines(run_dir / "pushes.jsonl")))
+    return WeightPush(
+        student,
+        whole,
+        mesh,
+        run_dir,
+        [student.chat.prompt("plain", problem) for problem in training[:PROMPTS]],
+        server=config.sampling.server,
+        key=key,
+        config=config.sampling.push,
+        seed=config.run.seed,
+        say=say,
+        note=lambda report: lines.add(json.dumps(dataclasses.asdict(report))),
+    )
+
+
 def build(
     config: RunConfig,
-    run_dir: Path,
+    run_dir: AnyPath,
     live: Callable[[Row], None],
     say: Say,
     progress: Progress,
@@ -144,8 +174,6 @@ def build(
     hosts.require_same("the config, the problems or the version of mpd-jax", _digest(config, training, heldout))
 
     settings = _fingerprint(config)
-    serving = Serving(config, run_dir, settings, secrets=secrets, say=say, progress=progress)
-    score = scoring(config, roles, serving.servers, progress)
     student = roles.student
     with ExitStack() as stack:
         phases = PhaseLog(run_dir / "phase.log")
@@ -164,6 +192,9 @@ def build(
         metrics, clock = Metrics(run_dir, state.step, live), Clock(phases)
         stack.callback(metrics.close)
         stack.callback(clock.close)
+        push = partial(_push, config, mesh, whole, run_dir, training, stack, say)
+        serving = Serving(config, run_dir, settings, secrets=secrets, say=say, progress=progress, push=push)
+        score = scoring(config, roles, serving.servers, progress)
         teacher = roles.teacher_here(config.recipe)
         teacher_weights = teacher.weights(mesh) if teacher else None
         samplers = make_samplers(config, roles, mesh, whole, serving.sampler)
@@ -214,7 +245,7 @@ def update_of(config: RunConfig, roles: Roles, mesh: Mesh) -> Update:
 
 
 def _start(
-    config: RunConfig, student: ModelFiles, mesh: Mesh, checkpoints: Checkpoints, run_dir: Path, say: Say
+    config: RunConfig, student: ModelFiles, mesh: Mesh, checkpoints: Checkpoints, run_dir: AnyPath, say: Say
 ) -> RunState:
     """Step 5. What a checkpoint holds is not loaded from elsewhere first: the run would be in memory twice."""
     state = checkpoints.restore(abstract_state(config, student, mesh))
@@ -264,7 +295,8 @@ def _fingerprint(config: RunConfig) -> str:
         "sampling.prefill_chunk",
         "sampling.prefill_rows",
         "sampling.lookahead",
-        *(f"sampling.server.{how}" for how in ("concurrency", "timeout_s", "patience_s", "key", "score_tokens")),
+        *(f"sampling.server.{how}" for how in ("concurrency", "score_tokens", "timeout_s", "patience_s", "key")),
+        *(f"sampling.push.{how}" for how in ("way", "directory", "seen_as", "restart", "timeout_s")),
         *(f"{model}.{how}" for model in ("student", "teacher", "rewriter") for how in ("remat", "attention", "serve")),
         "train.micro_batches",
         "train.row_length",
@@ -321,7 +353,7 @@ class Restored:
         return self.files.trains.over(self.base, self.trained)
 
 
-def restored_student(config: RunConfig, run_dir: Path, which: Which | None = None) -> Restored:
+def restored_student(config: RunConfig, run_dir: AnyPath, which: Which | None = None) -> Restored:
     """The student of a run at a checkpoint, the newest unless `which` names another, on whatever devices are here.
     Changes nothing in the run."""
     try:

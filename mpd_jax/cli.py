@@ -21,7 +21,7 @@ app = typer.Typer(
     help="Teach a small reasoning model to think in fewer tokens: mixed-policy distillation and its family, in JAX.",
 )
 
-Config = Annotated[Path, typer.Argument(help="A YAML file such as configs/quickstart.yaml.", show_default=False)]
+Config = Annotated[str, typer.Argument(help="A YAML file such as configs/quickstart.yaml.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Changes to the config, such as train.steps=10 run.seed=1.", metavar="[SECTION.KEY=VALUE]..."),
@@ -155,7 +155,7 @@ def evaluate(
     source: Annotated[str, typer.Argument(help="A run directory, or a model as for `sample`.", show_default=False)],
     overrides: Overrides = None,
     config: Annotated[
-        Path | None, typer.Option(help="Where problems and eval settings come from; a run directory has its own.")
+        str | None, typer.Option(help="Where problems and eval settings come from; a run directory has its own.")
     ] = None,
     regrade: Annotated[
         str | None, typer.Option(help="Grade the stored samples of a run again with this grader; sample nothing.")
@@ -191,7 +191,7 @@ def sample(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="A run directory, or a model as for `sample`.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="The directory to write; it must not exist.", show_default=False)],
     dtype: Annotated[
         str | None,
@@ -202,14 +202,18 @@ def export(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write the adapter alone, in PEFT's format, instead of merged weights.")
     ] = False,
+    untie: Annotated[
+        bool,
+        typer.Option("--untie", help="Write a head that is the embedding a second time: for servers that get pushes."),
+    ] = False,
     step: Step = None,
     best: Best = False,
 ) -> None:
-    """Write a run's student as a directory that transformers and vLLM load unchanged."""
+    """Write a run's student, or a model, as a directory that transformers and vLLM load unchanged."""
     from mpd_jax import use
 
     _one("export")
-    use.export(source, out, dtype, adapter, _which(step, best))
+    use.export(source, out, dtype, adapter, _which(step, best), untie)
 
 
 @app.command("config")
@@ -250,9 +254,7 @@ def plan(
     raise typer.Exit(0 if result["fits"] else 1)
 
 
-bench = typer.Typer(
-    no_args_is_help=True, help="Measure: the fused head, the sampler, packing, a target of which little is known."
-)
+bench = typer.Typer(no_args_is_help=True, help="Measure: the fused head, the sampler, packing, a server, scoring.")
 app.add_typer(bench, name="bench")
 
 
@@ -285,6 +287,26 @@ def bench_pack(as_json: Json = False) -> None:
     from mpd_jax import bench_pack
 
     result = bench_pack.run(json=as_json)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+
+
+@bench.command("serve")
+def bench_serve(
+    url: Annotated[str, typer.Argument(help="A vLLM server, without an API key.", show_default=False)],
+    model: Annotated[str, typer.Option(help="What it serves: a directory, or tiny:student / tiny:teacher.")] = (
+        "tiny:teacher"
+    ),
+    vllm: Annotated[
+        str | None, typer.Option(help="The server's own program, for `vllm bench serve`.", show_default=False)
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 256,
+    as_json: Json = False,
+) -> None:
+    """How fast the client feeds a server, against the server's own benchmark; and tokens per second of all samplers."""
+    from mpd_jax import bench_serve
+
+    result = bench_serve.run(url, json=as_json, path=model, vllm=vllm, concurrency=concurrency)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
 

@@ -27,7 +27,10 @@ def scoring(
     config: RunConfig, roles: Roles, servers: Callable[[ModelFiles], Servers], progress: Progress
 ) -> Score | None:
     """(problems, trajectories, step) -> the same ones, those that will be trained on with what the target says of
-    them; None where it is read on the mesh. Process 0 asks, and has seen by now that it can."""
+    them; None where it is read on the mesh. Process 0 asks, and has seen by now that it can.
+
+    servers: those that hold a model, once they answer (Serving.servers).
+    """
     target, top_k, max_length = roles.target(config.recipe), config.recipe.target.top_k, config.train.max_length
     if target is None or not top_k:
         return None

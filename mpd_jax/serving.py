@@ -5,7 +5,6 @@ Process 0 alone speaks with servers; every process makes the same calls here, an
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 from mpd_jax import files, hosts
 from mpd_jax.config import RunConfig
@@ -21,42 +20,41 @@ MakePush = Callable[[ModelFiles, str | None], Push]  # what brings a model's wei
 class Serving:
     """Makes the samplers of models that are served, once their servers answer.
 
-    run_dir: holds responses until they are stored as what they are for. settings: see VLLMSampler. push: without it no
-    student can be served.
+    run_dir: holds responses until they are stored as what they are for. settings: see VLLMSampler. push: makes what
+    brings the student's weights to its servers.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        run_dir: Path,
+        run_dir: files.AnyPath,
         settings: str,
         *,
         secrets: Secrets,
         say: Callable[[str], None],
         progress: Callable[[str, int], AbstractContextManager[Callable[..., None]]],
-        push: MakePush | None = None,
+        push: MakePush,
     ):
-        if config.student.servers and push is None:
-            raise UserError(
-                f"student.serve: {config.student.serve!r} is not allowed yet: nothing brings the weights that train to "
-                "a server; set student.serve=jax"
-            )
         self._config, self._run_dir, self._settings = config.sampling.server, run_dir, settings
         # A key that cannot be one is process 0's to refuse.
         self._key = secrets(self._config.key) if hosts.is_main() else None
         self._say, self._progress, self._push = say, progress, push
-        self._opened: dict[str, tuple[Servers, Push | None]] = {}
-        self._spills: list[Path] = []
+        self._servers: dict[str, Servers] = {}
+        self._pushes: dict[str, Push] = {}
+        self._spills: list[files.AnyPath] = []
 
     def servers(self, held: ModelFiles) -> Servers:
-        """A served model's servers, once one of them has answered."""
-        if held.key not in self._opened:
-            self._opened[held.key] = self._open(held)
-        return self._opened[held.key][0]
+        """The servers of a model, once one of them has answered."""
+        if held.key not in self._servers:
+            servers = self._servers[held.key] = Servers(held.serve, self._config, key=self._key, say=self._say)
+            hosts.from_main(lambda: self._wait(held.key, servers))
+        return self._servers[held.key]
 
     def sampler(self, held: ModelFiles, role: str, max_length: int) -> VLLMSampler:
         """A sampler of a served model, for prompts and responses of `max_length` tokens together."""
-        servers, push = self.servers(held), self._opened[held.key][1]
+        servers = self.servers(held)
+        if held.key == "student" and held.key not in self._pushes:
+            self._pushes[held.key] = self._push(held, self._key)
         window = hosts.from_main(lambda: servers.window)
         if max_length > window:
             raise UserError(
@@ -73,19 +71,13 @@ class Serving:
             max_length=max_length,
             spill=self._spills[-1],
             settings=self._settings,
-            push=push,
+            push=self._pushes.get(held.key),
         )
 
     def forget(self) -> None:
         """Removes the last responses: they are stored elsewhere by now."""
         for path in self._spills:
             files.remove(path)
-
-    def _open(self, held: ModelFiles) -> tuple[Servers, Push | None]:
-        servers = Servers(held.serve, self._config, key=self._key, say=self._say)
-        hosts.from_main(lambda: self._wait(held.key, servers))
-        trains = held.key == "student"
-        return servers, self._push(held, self._key) if trains and self._push else None
 
     def _wait(self, key: str, servers: Servers) -> None:
         with self._progress(f"waiting for {key}.serve", 1) as advance:

@@ -2,6 +2,7 @@
 
 Arrays name their dimensions by logical axes; this table alone says which mesh axes carry them. Training splits every
 weight over `fsdp` as well; decoding does not, for it would gather each weight again for every token.
+`between` is a row's positions between layers, where each stands alone: what the backward pass keeps is split, too.
 """
 
 import logging
@@ -42,6 +43,7 @@ RULES: dict[str, tuple[MeshAxes, MeshAxes]] = {
     "length": (None, None),
     "norm": (None, None),
     "rank": (None, None),
+    "between": ("tensor", None),
 }
 
 
@@ -106,15 +108,17 @@ def _say_replicated(heads: int, axes: MeshAxes, parts: int) -> None:
 def check_divides(
     name: str, shape: Sequence[int], logical: Logical, mesh: AnyMesh, column: Column = "train"
 ) -> Logical:
-    """The logical axes that can be split. Key-value heads that do not divide are replicated; others are refused."""
+    """The logical axes that can be split. Key-value heads and positions that do not divide are replicated; others are
+    refused."""
     spec, kept = partition_spec(logical, column), list(logical)
     for at, (size, axes) in enumerate(zip(shape, spec, strict=True)):
         parts = mesh_size(mesh, axes)
         if size % parts == 0:
             continue
-        if logical[at] == "kv_heads":
-            _say_replicated(size, axes, parts)
+        if logical[at] in ("kv_heads", "between"):
             kept[at] = None
+            if logical[at] == "kv_heads":
+                _say_replicated(size, axes, parts)
             continue
         raise UserError(
             f"mesh.{axes if isinstance(axes, str) else ' x mesh.'.join(axes or ())} = {parts}: tensor {name} has "

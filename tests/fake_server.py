@@ -123,6 +123,9 @@ class FakeServer:
         self.slow_s = 0.2
         # Standing faults
         self.stale = False  # reload_weights and load_lora_adapter answer 200 and change nothing
+        self.stale_pushes = 0  # so do as many of them
+        self.stamped: str | None = None  # /weight_info always says this
+        self.device = "cuda"  # what /server_info says
         self.reload_error: str | None = None  # reload_weights answers 500 with it
         self.reset_fails = False  # reset_prefix_cache answers 200 {"success": false}
         self.off_temperature = 1.0  # every log-probability answered is at this temperature
@@ -197,8 +200,10 @@ class FakeServer:
             "POST /collective_rpc": lambda: self._rpc(body),
             "POST /reset_prefix_cache": self._reset,
             "POST /update_weight_version": lambda: self._stamp(body),
-            "GET /weight_info": lambda: {"weight_version": self.weight_version},
-            "GET /server_info": lambda: {"vllm_config": f"model='{self.model}', max_logprobs={self.max_logprobs}"},
+            "GET /weight_info": lambda: {"weight_version": self.stamped or self.weight_version},
+            "GET /server_info": lambda: {
+                "vllm_config": f"model='{self.model}', device_config={self.device}, max_logprobs={self.max_logprobs}"
+            },
         }
         routes = {**public, **(adapters if self.lora else {}), **(admin if self.dev else {})}
         if name in routes:
@@ -242,9 +247,13 @@ class FakeServer:
             logprobs = self.read_weights(path)
         except (OSError, ValueError, KeyError) as error:
             raise _failed_rpc(str(error)) from None
-        if not self.stale:
+        if not self._ignores():
             self.logprobs = logprobs
         return {"results": [None]}
+
+    def _ignores(self) -> bool:
+        self.stale_pushes -= 1
+        return self.stale or self.stale_pushes >= 0
 
     def _reset(self) -> dict:
         self.resets += 1
@@ -266,7 +275,7 @@ class FakeServer:
         except OSError:
             message = f"Loading lora {name} failed: No adapter found for {path}"
             raise bad(message, kind="NotFoundError", code=404) from None
-        self.adapters[name] = self.logprobs if self.stale else logprobs
+        self.adapters[name] = self.logprobs if self._ignores() else logprobs
         return f"Success: LoRA adapter '{name}' added successfully."
 
     def _unload_adapter(self, body: dict) -> str:
@@ -444,13 +453,15 @@ class FakeServer:
         entries: list[dict | None] = [None]
         for token, row_V in zip(prompt[1:], rows_TV, strict=False):
             row_V = self._off(row_V)
-            order = np.argsort(-row_V, kind="stable")
-            rank_V = np.empty(len(order), int)
-            rank_V[order] = np.arange(1, len(order) + 1)
+            order = np.argsort(-row_V, kind="stable") if k else ()
             wanted = [token, *(int(i) for i in (order if k == -1 else order[:k]) if int(i) != token)]
             entries.append(
                 {
-                    str(i): {"logprob": float(row_V[i]), "rank": int(rank_V[i]), "decoded_token": _text(i)}
+                    str(i): {
+                        "logprob": float(row_V[i]),
+                        "rank": 1 + int(np.count_nonzero(row_V > row_V[i])),
+                        "decoded_token": _text(i),
+                    }
                     for i in wanted
                 }
             )

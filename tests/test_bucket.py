@@ -1,298 +1,335 @@
-"""Divergences against a target known by its most likely tokens and one tail bucket."""
+"""A run directory in a bucket: one trainer, the same files, checkpoints that are whole or not there.
 
-import functools
+The bucket is another program's (tests/bucket.py), reached through the same libraries as Google's own.
+"""
+
+import gc
 import itertools
-import re
+import os
+import threading
+import time
+from importlib import util
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from beartype import beartype
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jax.sharding import Mesh
-from jaxtyping import jaxtyped
+from google.cloud import storage
 
-from mpd_jax.recipe import fused, loss
-from mpd_jax.recipe.loss import LossConfig, fused_divergence
+from mpd_jax import config, files, hosts, lock
+from mpd_jax.files import Lines, read, write_atomically, written_here
+from mpd_jax.lock import locked
+from mpd_jax.run import record_process, refuse_another_run
+from mpd_jax.train.checkpoint import Checkpoints
+from mpd_jax.train.metrics import Metrics, Seconds, read_rows
+from mpd_jax.train.records import Records
+from mpd_jax.train.state import abstract
 from mpd_jax.types import UserError
+from tests import bucket
+from tests.e2e.tiny import QUICKSTART
+from tests.test_checkpoint import assert_equal, make_state
+from tests.test_metrics import out
+from tests.test_records import PROBLEMS, trajectory
 
-fused_bucket_divergence = jaxtyped(typechecker=beartype)(loss.fused_bucket_divergence)
-
-DIVERGENCES = [
-    LossConfig("reverse_kl"),
-    LossConfig("forward_kl"),
-    LossConfig("jsd", teacher_weight=0.3),
-    LossConfig("mix", reverse_weight=0.2),
-]
-KINDS = [loss.kind for loss in DIVERGENCES]
-every_divergence = pytest.mark.parametrize("loss", DIVERGENCES, ids=KINDS)
-jsd_and_mix = pytest.mark.parametrize("loss", DIVERGENCES[2:], ids=KINDS[2:])  # the mix is of the two other ones
+# Client libraries leave sessions and, of a damaged array, open reads behind; they are told of when they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+numbers = itertools.count()
 
 
-def best(lp_RV, k):
-    """The k most likely ids of each row, shuffled, and their log-probabilities."""
-    ids_RK = np.argsort(-np.asarray(lp_RV), axis=1, kind="stable")[:, :k]
-    ids_RK = np.random.default_rng(k).permuted(ids_RK, axis=1)
-    return ids_RK.astype(np.int32), np.take_along_axis(np.asarray(lp_RV), ids_RK, axis=1)
+@pytest.fixture(scope="module", autouse=True)
+def _bucket():
+    with bucket.in_this_process():
+        yield
+        gc.collect()  # here, and not in the test of another module
 
 
-def log_softmax64(logits):
-    logits = np.asarray(logits, np.float64)
-    top = logits.max(-1, keepdims=True)
-    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+@pytest.fixture
+def run_dir():
+    return files.path(f"gs://bucket/runs/run {next(numbers)}")
 
 
-def divergence64(loss, q, p):
-    """Of two arrays of distributions, in float64, as a textbook writes it; 0 log 0 is 0."""
-
-    def kl(a, b):
-        return np.where(a > 0, a * np.log(np.where(a > 0, a, 1) / np.where(b > 0, b, 1)), 0).sum(-1)
-
-    if loss.kind == "jsd":
-        b = loss.teacher_weight
-        m = b * p + (1 - b) * q
-        return b * kl(p, m) + (1 - b) * kl(q, m)
-    u = {"reverse_kl": 1.0, "forward_kl": 0.0, "mix": loss.reverse_weight}[loss.kind]
-    return u * kl(q, p) + (1 - u) * kl(p, q)
+def names(directory) -> list[str]:
+    return sorted(path.name for path in directory.glob("*"))
 
 
-def outcomes64(x_RV, ids_RK):
-    """Probabilities of the ids, and of all others together."""
-    known = np.take_along_axis(x_RV, ids_RK, axis=1)
-    rest = x_RV.copy()
-    np.put_along_axis(rest, ids_RK, 0.0, axis=1)
-    return np.concatenate([known, rest.sum(1, keepdims=True)], axis=1)
+def prefix(directory) -> str:
+    return str(directory).removeprefix("gs://bucket/")
 
 
-@functools.cache
-def rows_in_float64(loss):
-    def rows(s_RV, ids_RK, lp_RK):
-        spec = fused.Spec(loss, None, None, 0, top=True)
-        return fused.bucket_divergence(spec, loss, s_RV, ids_RK, lp_RK, jnp.arange(s_RV.shape[1]))[0]
-
-    return jax.jit(jax.vmap(rows, (None, 0, 0)))
+def objects(directory) -> list[storage.Blob]:
+    """All of them, through another library than the package's own way."""
+    return list(storage.Client().list_blobs("bucket", prefix=f"{prefix(directory)}/"))
 
 
-@every_divergence
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), spread=st.floats(0.01, 12.0), apart=st.floats(0.0, 12.0))
-def test_it_is_never_above_the_whole_divergence_and_grows_with_k_until_it_is_equal(loss, seed, spread, apart):
-    rng = np.random.default_rng(seed)
-    common = spread * rng.normal(size=(4, 11))
-    s, t = (common + apart * rng.normal(size=(4, 11)) for _ in range(2))
-    lp = log_softmax64(np.clip(t, -6, 6))  # else 1 - the sum of the others rounds the rest, in float64 too
-    whole = divergence64(loss, np.exp(log_softmax64(s)), np.exp(lp))
-    ids, values = np.full((11, 4, 11), -1), np.full((11, 4, 11), np.nan)  # ids of -1 are no outcomes
-    for k in range(1, 12):
-        ids[k - 1, :, :k], values[k - 1, :, :k] = best(lp, k)
-    with jax.enable_x64(True):
-        at = np.asarray(rows_in_float64(loss)(s, ids, values))
-    assert at.dtype == np.float64
-    slack = 2e-9 * (1 + whole)
-    for fewer, more in itertools.pairwise(at):
-        assert (fewer <= more + slack).all()
-    assert (at[0] >= -slack).all() and (at[-1] <= whole + slack).all()
-    np.testing.assert_allclose(at[-1], whole, rtol=1e-9, atol=1e-12)
+# Files
 
 
-def problem(R=13, V=29, D=8, E=12, dtype=jnp.float32, seed=0):
-    """Hidden states and heads with logits of spread 1.5, uneven weights, one of them 0."""
-    k = jax.random.split(jax.random.key(seed), 5)
-    h, W = jax.random.normal(k[0], (R, D)), 1.5 * jax.random.normal(k[1], (V, D)) / D**0.5
-    ht, Wt = jax.random.normal(k[2], (R, E)), 1.5 * jax.random.normal(k[3], (V, E)) / E**0.5
-    weight = jax.random.uniform(k[4], (R,), minval=0.2).at[R // 2].set(0.0)
-    return *(x.astype(dtype) for x in (h, W, ht, Wt)), weight / weight.sum()
+def test_a_file_is_written_read_replaced_and_removed(run_dir):
+    path = run_dir / "deep" / "config.yaml"
+    assert read(path) is None and not files.is_file(path)
+    for content in ("old", "ändert sich\n"):
+        write_atomically(path, content)
+        assert read(path) == content.encode() and files.is_file(path) and names(run_dir / "deep") == ["config.yaml"]
+    for _ in range(2):
+        files.remove(path)
+        assert read(path) is None and names(run_dir) == []
 
 
-def target_of(ht, Wt, k, vocab_size=None):
-    ids, lp = best(log_softmax64(np.asarray(ht, np.float64) @ np.asarray(Wt, np.float64)[:vocab_size].T), k)
-    return jnp.asarray(ids), jnp.asarray(lp, jnp.float32)
+def test_what_another_process_writes_is_seen_at_once(run_dir):
+    write_atomically(run_dir / "a", "1")
+    assert names(run_dir) == ["a"] and not files.is_file(run_dir / "b")
+    storage.Client().bucket("bucket").blob(f"{prefix(run_dir)}/b").upload_from_string("2")
+    assert names(run_dir) == ["a", "b"] and read(run_dir / "b") == b"2"
 
 
-def value_and_gradient(form, arrays, argnums=(0, 1), **how):
-    def objective(*arrays):
-        return form(*arrays, **how)
-
-    (value, stats), gradient = jax.device_get(jax.jit(jax.value_and_grad(objective, argnums, has_aux=True))(*arrays))
-    return value, stats, gradient
-
-
-def close(a, b, relative):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    assert np.linalg.norm(a - b) <= relative * np.linalg.norm(b), np.linalg.norm(a - b) / np.linalg.norm(b)
+def test_only_process_0_writes(run_dir, monkeypatch):
+    monkeypatch.setattr(hosts, "is_main", lambda: False)
+    write_atomically(run_dir / "a", "1")
+    lines = Lines(run_dir / "b")
+    lines.add("1")
+    lines.close()
+    assert names(run_dir) == []
 
 
-def dense_rows(loss, h, W, ids, lp, vocab_size):
-    """The rows in plain jnp, differentiable by autodiff."""
-    lq = jax.nn.log_softmax(h @ W[:vocab_size].T)
-    known = jnp.zeros(lq.shape, bool).at[jnp.arange(len(lq))[:, None], ids].set(True)
-    rest = jax.nn.logsumexp(jnp.where(known, -jnp.inf, lq), axis=1)
-    lq = jnp.concatenate([jnp.take_along_axis(lq, ids, axis=1), rest[:, None]], axis=1)
-    lp = jnp.concatenate([lp, jnp.log(-jnp.expm1(jax.nn.logsumexp(lp, axis=1)))[:, None]], axis=1)
-    q, p = jnp.exp(lq), jnp.exp(lp)
-    if loss.kind == "jsd":
-        b = loss.teacher_weight
-        lm = jnp.log(b * p + (1 - b) * q)
-        return (b * p * (lp - lm) + (1 - b) * q * (lq - lm)).sum(1)
-    u = {"reverse_kl": 1.0, "forward_kl": 0.0, "mix": loss.reverse_weight}[loss.kind]
-    row = (u * q * (lq - lp) + (1 - u) * p * (lp - lq)).sum(1)
-    return row * jax.lax.stop_gradient(jnp.minimum(1.0, loss.clip / row)) if loss.stabiliser == "rescale" else row
+def test_lines_are_in_the_object_soon_after_and_at_a_flush_and_a_later_start_goes_on_with_it(run_dir, monkeypatch):
+    monkeypatch.setattr(files, "PUT_AFTER_S", 1000.0)
+    path, puts = run_dir / "phase.log", []
+    lines = Lines(path)
+    put = type(path).write_bytes
+    monkeypatch.setattr(type(path), "write_bytes", lambda path, data: puts.append(bytes(data)) or put(path, data))
+    lines.add("one")
+    lines.add("two")
+    assert read(path) is None
+    lines.flush()
+    lines.flush()
+    assert puts == [b"one\ntwo\n"] == [read(path)]
+    monkeypatch.setattr(files, "PUT_AFTER_S", 0.0)
+    again = Lines(path)
+    again.add("three")
+    deadline = time.monotonic() + 20
+    while read(path) != b"one\ntwo\nthree\n":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    again.close()
+    lines.close()
 
 
-@pytest.mark.parametrize(
-    ("loss", "k"),
-    [(LossConfig(), 1), *((loss, 6) for loss in DIVERGENCES[1:]), (LossConfig(stabiliser="rescale", clip=0.4), 6)],
-    ids=[*KINDS, "reverse_kl-rescale"],
-)
-def test_value_gradient_and_stats_are_those_of_the_outcomes_in_float64(loss, k):
-    h, W, ht, Wt, weight = problem()
-    vocab = 25
-    ids, lp = target_of(ht, Wt, k, vocab)
-    value, stats, gradient = value_and_gradient(
-        fused_bucket_divergence, (h, W, ids, lp, weight), loss=loss, vocab_size=vocab
-    )
-    with jax.enable_x64(True):
-        h64, W64, lp64, weight64 = (np.asarray(x, np.float64) for x in (h, W, lp, weight))
+def test_an_outage_costs_no_line_and_is_told_at_a_flush(run_dir, monkeypatch):
+    monkeypatch.setattr(files, "PUT_AFTER_S", 0.0)
+    path, tried = run_dir / "metrics.jsonl", threading.Event()
 
-        def objective(h, W):
-            return (weight64 * dense_rows(loss, h, W, ids, lp64, vocab)).sum()
+    def refused(path, data):
+        tried.set()
+        raise RuntimeError("503, backend error")
 
-        want, want_gradient = jax.device_get(jax.jit(jax.value_and_grad(objective, (0, 1)))(h64, W64))
-    assert value == pytest.approx(want, rel=2e-6)
-    for ours, theirs in zip(gradient, want_gradient, strict=True):
-        close(ours, theirs, 2e-5)
-    lq = log_softmax64(h64 @ W64[:vocab].T)
-    lp = log_softmax64(np.asarray(ht, np.float64) @ np.asarray(Wt, np.float64)[:vocab].T)
-    used, (q, p) = np.asarray(weight) != 0, (outcomes64(np.exp(x), np.asarray(ids)) for x in (lq, lp))
-    close(stats["loss"], used * divergence64(loss, q, p), 1e-5)
-    close(stats["tail_mass"], used * p[:, -1], 1e-5)
-    close(stats["student_tail_mass"], used * q[:, -1], 1e-5)
-    close(stats["student_entropy"], -1.0 * used * (np.exp(lq) * lq).sum(1), 1e-5)
-    close(stats["target_entropy"], -1.0 * used * (p * np.log(p)).sum(1), 1e-5)
+    lines = Lines(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "write_bytes", refused)
+        lines.add("one")
+        assert tried.wait(20)
+        with pytest.raises(UserError, match=r"run.dir: gs://.*metrics.jsonl could not be written: 503"):
+            lines.flush()
+    lines.flush()
+    assert read(path) == b"one\n"
 
 
-@jsd_and_mix
-def test_with_the_whole_vocabulary_known_it_is_the_fused_divergence(loss):
-    h, W, ht, Wt, weight = problem()
-    ids, lp = target_of(ht, Wt, 23, 23)
-    ours = value_and_gradient(fused_bucket_divergence, (h, W, ids, lp, weight), loss=loss, vocab_size=23)
-    whole = value_and_gradient(fused_divergence, (h, W, ht, Wt, weight), loss=loss, vocab_size=23)
-    assert ours[0] == pytest.approx(whole[0], rel=1e-6)
-    for a, b in zip((*ours[2], *(ours[1][n] for n in whole[1])), (*whole[2], *whole[1].values()), strict=True):
-        close(a, b, 1e-5)
-    assert (ours[1]["tail_mass"] == 0).all() and (ours[1]["student_tail_mass"] == 0).all()
+def test_a_tree_that_was_written_here_is_in_the_bucket_and_no_longer_here(run_dir):
+    with written_here(run_dir / "profile") as here:
+        (here / "plugins").mkdir()
+        (here / "plugins" / "trace").write_bytes(b"\0\1")
+    assert read(run_dir / "profile" / "plugins" / "trace") == b"\0\1" and not here.exists()
 
 
-def test_a_student_that_is_its_target_has_neither_loss_nor_gradient():
-    """Up to what fp32 log-probabilities leave unknown of the tail: they are the target's, and are not read again."""
-    h, W, _, _, weight = problem(R=40, V=211, D=16)
-    ids, lp = target_of(h, W, 16)
-    value, stats, gradient = value_and_gradient(fused_bucket_divergence, (h, W, ids, lp, weight), loss=DIVERGENCES[3])
-    assert abs(value) < 1e-7
-    assert max(abs(g).max() for g in gradient) < 1e-6
-    close(stats["tail_mass"], stats["student_tail_mass"], 1e-5)
+def test_a_bucket_that_is_not_there_is_one_message(run_dir):
+    missing = files.path("gs://no-such-bucket/run")
+    with pytest.raises(UserError, match=r"run.dir: gs://no-such-bucket/run could not be written: "), locked(missing):
+        pass
+    with pytest.raises(UserError, match=r"run.dir: gs://no-such-bucket/run/a could not be written: "):
+        write_atomically(missing / "a", "1")
 
 
-@pytest.mark.parametrize(("loss", "shape"), [(DIVERGENCES[3], (2, 2, 2)), (DIVERGENCES[2], (1, 1, 8))], ids=str)
-def test_eight_devices_compute_what_one_does(loss, shape):
-    mesh = Mesh(np.array(jax.devices()).reshape(shape), ("data", "fsdp", "tensor"))
-    h, W, ht, Wt, weight = problem(R=23, V=43, D=16)
-    arrays = (h, W, *target_of(ht, Wt, 5, 37), weight)
-    one = value_and_gradient(fused_bucket_divergence, arrays, loss=loss, vocab_size=37)
-    loss = LossConfig(**{**vars(loss), "chunk": 2})
-    ours = value_and_gradient(fused_bucket_divergence, arrays, loss=loss, vocab_size=37, mesh=mesh)
-    assert ours[0] == pytest.approx(one[0], rel=1e-6)
-    for a, b in zip((*ours[2], *ours[1].values()), (*one[2], *one[1].values()), strict=True):
-        close(a, b, 1e-5)
-    assert (ours[2][1][37:] == 0).all()
+def test_a_missing_storage_library_is_named(monkeypatch):
+    monkeypatch.setattr(util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"gs://bucket/run: .* needs gcsfs: pip install 'mpd-jax\[gcs\]'"):
+        files.path("gs://bucket/run")
 
 
-@jsd_and_mix
-def test_peaked_targets_and_extreme_logits_stay_finite_and_no_row_is_negative(loss):
-    """The target's rest rounds to nothing, or to less; the student's is far below what exp can hold."""
-    eye, R = jnp.eye(32), 16
-    s = jax.random.uniform(jax.random.key(1), (R, 32), minval=-200.0, maxval=200.0)
-    ids = jnp.argsort(-s, axis=1)[:, :4]
-    lp = jnp.array([[2e-7, -30.0, -40.0, -9999.0], [-0.5, -1.0, -3.0, -20.0]] * (R // 2))
-    value, stats, gradient = value_and_gradient(
-        fused_bucket_divergence, (s, eye, ids, lp, jnp.ones(R)), loss=loss, vocab_size=32
-    )
-    assert np.isfinite(value) and all(np.isfinite(x).all() for x in (*stats.values(), *gradient))
-    assert stats["loss"].min() > -1e-5
-    assert stats["tail_mass"][::2] == pytest.approx(9.5e-7, rel=0.1)
+# The lock
 
 
-def test_the_slope_of_a_tail_of_tiny_mass_is_exact():
-    """Mass of 1e-12, far below the rounding of 1 - the sum of the others."""
-    s = jnp.array([[0.0, 1.0, -28.0, -29.0, -30.0]])
-    ids, lp = jnp.array([[1, 0]]), jnp.log(jnp.array([[0.5, 0.25]]))
-    eye, one, loss = jnp.eye(5), jnp.ones(1), DIVERGENCES[3]
-    _, stats, (slope, _) = value_and_gradient(fused_bucket_divergence, (s, eye, ids, lp, one), loss=loss)
-    with jax.enable_x64(True):
-        s64, lp64 = np.asarray(s, np.float64), np.asarray(lp, np.float64)
-        want = jax.jit(jax.grad(lambda s: dense_rows(loss, s, np.eye(5), ids, lp64, None).sum()))(s64)
-    np.testing.assert_allclose(slope, want, rtol=1e-4)
-    q = np.exp(log_softmax64(s))
-    assert stats["student_tail_mass"][0] == pytest.approx(q[0, 2:].sum(), rel=1e-5)
+@pytest.fixture
+def quick(monkeypatch):
+    """A heart that beats 40 times a second."""
+    for name, seconds in (("BEAT_S", 0.025), ("LOOK_S", 0.05), ("DEAD_AFTER_S", 1.0)):
+        monkeypatch.setattr(lock, name, seconds)
 
 
-def test_ids_outside_the_vocabulary_are_the_tail_s():
-    h, W, ht, Wt, weight = problem()
-    ids, lp = target_of(ht, Wt, 5)
-    loss = LossConfig()
-    short = value_and_gradient(fused_bucket_divergence, (h, W, ids[:, :3], lp[:, :3], weight), loss=loss)
-    for stranger in (-1, 29, 1000):
-        more = (h, W, ids.at[:, 3:].set(stranger), lp, weight)
-        ours = value_and_gradient(fused_bucket_divergence, more, loss=loss)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, short)
+def test_a_run_has_one_trainer_and_its_lock_goes_with_it(run_dir, quick):
+    for _ in range(2):
+        with locked(run_dir):
+            held = (read(run_dir / ".lock") or b"").decode()
+            assert held.startswith(f"process {os.getpid()} on ")
+            refused = rf"is being trained by process {os.getpid()} on .*\(since 20"
+            with pytest.raises(UserError, match=refused), locked(run_dir):
+                pass
+        assert read(run_dir / ".lock") is None
 
 
-def test_chunks_weights_of_zero_and_cotangents_are_as_in_the_whole_divergence():
-    h, W, ht, Wt, weight = problem()
-    ids, lp = target_of(ht, Wt, 5)
-    value, stats, gradient = value_and_gradient(
-        fused_bucket_divergence, (h, W, ids, lp, weight), loss=LossConfig(chunk=13)
-    )
-    off = weight == 0
-    bad = (
-        jnp.where(off[:, None], jnp.nan, h),
-        W,
-        jnp.where(off[:, None], 7, ids),
-        lp + jnp.where(off, jnp.nan, 0)[:, None],
-    )
+def test_a_dead_process_is_waited_for_and_then_taken_over_by_one(run_dir, quick, monkeypatch):
+    dead = lock._Held(run_dir, lambda text: None)
+    dead._ended.set()
+    dead._beats.join()
+    said, ends = [], []
+    began = time.monotonic()
 
-    def thrice(*arrays, loss):
-        value, stats = fused_bucket_divergence(*arrays, loss=loss)
-        return 3.0 * value + sum(x.sum() for x in stats.values()), stats
+    def start():
+        try:
+            with locked(run_dir, said.append):
+                ends.append("trained")
+                time.sleep(1.5)
+        except UserError as error:
+            ends.append(str(error))
 
-    _, dirty, (*three, frozen) = value_and_gradient(thrice, (*bad, weight), (0, 1, 3), loss=LossConfig(chunk=4))
-    for a, b in zip(three, gradient, strict=True):
-        close(a, 3 * b, 1e-5)
-    for name, rows in stats.items():
-        close(dirty[name], rows, 1e-5)
-    assert (stats["tail_mass"][off] == 0).all() and value > 0
-    assert (frozen == 0).all()
+    starts = [threading.Thread(target=start) for _ in range(3)]
+    for each in starts:
+        each.start()
+    for each in starts:
+        each.join()
+    assert time.monotonic() - began > 1.0 and all("waiting 1 s for a sign of life" in text for text in said)
+    assert ends.count("trained") == 1 and sum("being trained by" in end for end in ends) == 2
 
 
-def test_no_array_of_all_positions_by_all_vocabulary_exists():
-    h, W, ht, Wt, weight = problem(R=96, V=101, D=16)
-    arrays = (h, W, *target_of(ht, Wt, 4), weight)
-    step = jax.value_and_grad(lambda *a: fused_bucket_divergence(*a, loss=LossConfig(chunk=8))[0], (0, 1))
-    text = jax.jit(step).lower(*arrays).compile().as_text()
-    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"\w\d+\[([\d,]+)\]", text)]
-    assert max(sizes) < 96 * 101 // 2
+def test_a_holder_that_was_taken_over_ends_and_leaves_the_lock_to_the_other(run_dir, quick, monkeypatch):
+    ended = []
+    monkeypatch.setattr(lock, "_end", ended.append)
+    monkeypatch.setattr(lock, "BEAT_S", 1.0)
+    held = lock._Held(run_dir, lambda text: None)
+    other = held._bucket.blob(held._name)
+    other.metadata = {"host": "elsewhere", "pid": "7", "since": "today"}
+    other.upload_from_string("")
+    held._beats.join(20)
+    assert "was taken over by process 7 on elsewhere (since today)" in ended[0]
+    deleted = []
+    monkeypatch.setattr(type(other), "delete", lambda blob, **asked: deleted.append(asked["if_generation_match"]))
+    held.release()
+    assert deleted == [held._generation] != [other.generation]
 
 
-@pytest.mark.parametrize(
-    ("loss", "said"),
-    [
-        (LossConfig("cross_entropy"), r"recipe\.loss\.kind='cross_entropy'.*divergence"),
-        (LossConfig(stabiliser="per_entry"), r"recipe\.loss\.stabiliser='per_entry'.*rescale.*bucket is none"),
-    ],
-)
-def test_what_a_bucket_makes_no_sense_for_is_refused(loss, said):
-    h, W, ht, Wt, weight = problem()
-    with pytest.raises(UserError, match=said):
-        fused_bucket_divergence(h, W, *target_of(ht, Wt, 5), weight, loss=loss)
+def test_a_put_whose_answer_was_lost_is_known_as_ones_own(run_dir, quick, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_S", 1000.0)
+    held = lock._Held(run_dir, lambda text: None)
+    before = held._generation
+    assert held._put()
+    held._generation = before
+    assert held._put() and held._put() and held._generation != before
+    held.release()
+
+
+# What a run keeps
+
+
+def test_records_read_back_and_those_of_later_steps_are_forgotten(run_dir):
+    records = Records(run_dir, seed=7)
+    whole = [trajectory("b "), trajectory("a", original=trajectory("a"))]
+    records.save(3, [trajectory()], stage="written")
+    assert records.load(3, PROBLEMS) is None and records.load(3, PROBLEMS, stage="written") == [trajectory()]
+    for step in (3, 12, 13):
+        records.save(step, whole)
+    assert Records(run_dir, seed=7).load(3, PROBLEMS) == whole
+    records.forget_after(3)
+    assert names(records.directory) == ["step_000003.jsonl"]
+    write_atomically(records.path(3), (read(records.path(3)) or b"")[:-10])
+    assert records.load(3, PROBLEMS) is None
+
+
+def test_rows_are_there_before_a_save_and_a_resumed_run_cuts_off_what_it_does_again(run_dir, monkeypatch):
+    monkeypatch.setattr(files, "PUT_AFTER_S", 1000.0)
+    metrics = Metrics(run_dir, 0)
+    for step in range(4):
+        metrics.add(step, out(), {}, lambda: Seconds({}, {}))
+    metrics.settle(behind=1)
+    metrics.flush()
+    assert [row["step"] for row in read_rows(metrics.path)] == [0, 1, 2]
+    again = Metrics(run_dir, 2)
+    again.add(2, out(loss=9.0), {}, lambda: Seconds({}, {}))
+    again.settle()
+    again.close()
+    assert [(row["step"], row["loss"]) for row in read_rows(metrics.path)] == [(0, 1.5), (1, 1.5), (2, 9.0)]
+
+
+def test_the_config_and_the_processes_of_a_run_are_kept(run_dir):
+    settings = config.load(QUICKSTART, [f"run.dir={str(run_dir).replace(' ', '-')}"])
+    refuse_another_run(run_dir, settings)
+    write_atomically(run_dir / "config.yaml", config.to_yaml(settings))
+    assert config.load(str(run_dir / "config.yaml")) == settings
+    with pytest.raises(UserError, match=r"run.seed = 1, and 0 there"):
+        refuse_another_run(run_dir, config.load(QUICKSTART, ["run.seed=1"]))
+    for steps in (2, 3):
+        record_process(run_dir, steps, 1.0)
+    assert [row["steps"] for row in read_rows(run_dir / "processes.jsonl")] == [2, 3]
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def opened():
+    """Checkpoints that are closed at the end."""
+    all_opened = []
+
+    def open_(*args, **kwargs) -> Checkpoints:
+        all_opened.append(Checkpoints(*args, **kwargs))
+        return all_opened[-1]
+
+    yield open_
+    for each in all_opened:
+        each.close()
+
+
+def test_a_checkpoint_reads_back_the_same_bits_and_the_oldest_goes(run_dir, opened):
+    saved = opened(run_dir, keep=2, keep_best="accuracy")
+    state = make_state()
+    assert saved.restore(abstract(state)) is None
+    for step, accuracy in ((3, 0.9), (4, 0.1), (5, 0.2), (6, 0.3)):
+        saved.note(step, {"accuracy": accuracy})
+        saved.save(state._replace(step=step))
+    saved.wait()
+    assert names(saved.directory) == ["3", "5", "6", "figures.json"]
+    looked = opened(run_dir, keep=2, keep_best="accuracy", read_only=True)
+    assert_equal(looked.restore(abstract(state)), state._replace(step=6))
+    assert looked.restore_one(abstract(state), "best").step == 3
+
+
+def test_a_save_that_was_cut_short_is_no_checkpoint_and_is_cleared_away(run_dir, opened):
+    saved = opened(run_dir, keep=3)
+    state = make_state(self_copy=False)
+    for step in (3, 4):
+        saved.save(state._replace(step=step))
+        saved.wait()
+    (saved.directory / "4" / "commit_success.txt").unlink()
+    assert opened(run_dir, keep=3, read_only=True).restore(abstract(state)).step == 3
+    assert names(saved.directory) == ["3", "4"]
+    again = opened(run_dir, keep=3)
+    assert names(saved.directory) == ["3"] and again.restore(abstract(state)).step == 3
+    again.save(state._replace(step=4))
+    again.wait()
+    assert_equal(opened(run_dir, keep=3).restore(abstract(state)), state._replace(step=4))
+
+
+@pytest.mark.parametrize("how", ["no metadata", "cut short"])
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(run_dir, opened, how):
+    saved = opened(run_dir, keep=3)
+    state = make_state(self_copy=False)
+    for step in (3, 4):
+        saved.save(state._replace(step=step))
+        saved.wait()
+    sizes = {blob.name: blob.size for blob in objects(saved.directory / "4")}
+    hit = f"{prefix(saved.directory)}/4/run/metadata" if how == "no metadata" else max(sizes, key=sizes.__getitem__)
+    path = files.path(f"gs://bucket/{hit}")
+    write_atomically(path, (read(path) or b"")[: sizes[hit] // 2])
+    told = []
+    again = opened(run_dir, keep=3, say=told.append)
+    assert_equal(again.restore(abstract(state)), state._replace(step=3))
+    assert "checkpoints/4 cannot be read" in told[0] and "is now gs://" in told[0]
+    assert names(saved.directory) == ["3", "damaged-4"] and again.latest() == 3
+    again.save(state._replace(step=4))
+    again.wait()
+    assert opened(run_dir, keep=3).restore(abstract(state)).step == 4
+    assert names(saved.directory) == ["3", "4", "damaged-4"]

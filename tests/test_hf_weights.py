@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import ml_dtypes
@@ -334,6 +335,18 @@ def test_export_copies_everything_else_byte_for_byte(tmp_path):
         "config.json",
         "model.safetensors",
     }
+
+
+def test_a_head_that_is_untied_computes_the_same(tmp_path):
+    out, model, weights = write_model(tmp_path, QWEN3, untie=True)
+    tensors, config = load_file(out / "model.safetensors"), load_config(out)
+    np.testing.assert_array_equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    assert not config.tie_embeddings and replace(config, tie_embeddings=True) == model.config
+    untied = Model(config)
+    tokens_BT = np.arange(12).reshape(2, 6)
+    np.testing.assert_array_equal(
+        untied.logits(load_weights(out, untied, one_device()), tokens_BT), model.logits(weights, tokens_BT)
+    )
 
 
 def test_the_index_lists_exactly_what_is_there(tmp_path):

@@ -1,6 +1,7 @@
 """The README's commands, its method table and its file map stay true."""
 
 import ast
+import dataclasses
 import itertools
 import json
 import re
@@ -13,6 +14,7 @@ import yaml
 from typer.main import get_command
 
 from mpd_jax.cli import app
+from mpd_jax.sampling.wire import ServerConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -74,6 +76,11 @@ def test_every_config_command_in_the_readme_resolves():
         if len(words) > 1 and words[1].startswith("configs/"):
             overrides = [w for w in words[2:] if "=" in w and not w.startswith("--")]
             config.load(ROOT / words[1], overrides)
+
+
+def test_the_settings_of_servers_in_the_readme_are_the_defaults():
+    (line,) = re.findall(r"^  server: (\{.*\})", README, re.M)
+    assert yaml.safe_load(line) == dataclasses.asdict(ServerConfig())
 
 
 def table_rows(text: str) -> set[str]:

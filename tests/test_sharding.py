@@ -2,9 +2,10 @@
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -78,6 +79,22 @@ def test_training_gathers_each_weight_over_fsdp_and_moves_no_activation():
     sizes = {np.prod(w.shape[1:]) for w in jax.tree.leaves(weights["blocks"])} | {64 * 32}
     assert collectives(forward.as_text()), "the weights were not split"
     assert all(kind == "all-gather" and size in sizes for kind, size in collectives(forward.as_text()))
+
+
+@pytest.mark.parametrize(("length", "own"), [(24, 3), (12, 12)])
+def test_what_the_backward_pass_keeps_of_every_layer_is_split_over_tensor(length, own):
+    """Positions that do not divide are kept whole by every device."""
+    of, mesh = replace(model(), remat="full"), make_mesh(MeshConfig(1, 1, 8))
+    tokens, layers = jnp.asarray(np.resize(TOKENS, (8, length))), of.config.num_layers
+    loss = jax.value_and_grad(lambda weights: jnp.sum(of.hidden(weights, tokens) ** 2))
+    alone = jax.jit(loss)(random_weights(of))
+    with jax.set_mesh(mesh):
+        step = jax.jit(loss).lower(place(of, random_weights(of), mesh)).compile()
+        split = step(place(of, random_weights(of), mesh))
+    kept = set(re.findall(rf"f32\[{layers},8,(\d+),{of.config.hidden_size}\]", step.as_text()))
+    assert str(own) in kept and (own == length or str(length) not in kept)
+    for found, expected in zip(jax.tree.leaves(split), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected).max()))
 
 
 def test_key_value_heads_that_do_not_divide_are_replicated_and_logged_once(caplog):

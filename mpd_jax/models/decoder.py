@@ -26,6 +26,7 @@ from mpd_jax.types import Array
 Weights = Any
 Rotation = tuple[jax.Array, jax.Array]
 INIT_SCALE = 0.02
+BETWEEN = ("batch", "between", None)  # activations that wait for the next layer, or for the backward pass
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], *logical: str) -> nnx.Param:
@@ -152,8 +153,8 @@ class Block(nnx.Module):
         """adapter: this layer's, by module and projection (models/lora.py)."""
         of = (adapter or {}).get
         q, k, v = self.attention.project(self.attention_norm(x_BTD), rotation, of("attention"))
-        x_BTD = x_BTD + self.attention.out(read(q, k, v), of("attention"))
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD), of("mlp"))
+        x_BTD = constrain(x_BTD + self.attention.out(read(q, k, v), of("attention")), BETWEEN)
+        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD), of("mlp")), BETWEEN)
 
     def step(
         self, x_BTD: jax.Array, rotation: Rotation, visible_BTS: jax.Array, remember: Callable
@@ -287,14 +288,14 @@ class Model:
 
         def body(x_BTD: jax.Array, layer: tuple[Weights, Weights | None]) -> tuple[jax.Array, None]:
             block, adapter = layer
-            y_BTD = _module(Block, self.config, block)(x_BTD, rotation, read, adapter)
-            return constrain(y_BTD, ("batch", None, None)), None
+            return _module(Block, self.config, block)(x_BTD, rotation, read, adapter), None
 
-        x_BTD = constrain(self._embed(weights, tokens_BT), ("batch", None, None))
+        x_BTD = constrain(self._embed(weights, tokens_BT), BETWEEN)
         with self._precision():
             layers = weights["blocks"], weights.get("adapter")
             x_BTD, _ = jax.lax.scan(_rematerialised(body, self.remat), x_BTD, layers)
-        return _module(Decoder, self.config, _rest(weights)).final_norm(x_BTD)
+        h_BTD = _module(Decoder, self.config, _rest(weights)).final_norm(x_BTD)
+        return constrain(h_BTD, ("batch", None, None))  # positions are picked from it
 
     def head(self, weights: Weights) -> jax.Array:
         """The projection onto the vocabulary [V, D], as stored."""

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -314,11 +314,14 @@ def export(
     weights: Weights,
     *,
     dtype: str = "bfloat16",
+    untie: bool = False,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Writes `out`, which transformers loads unchanged: these weights, with the config and tokenizer of `source`.
 
     Everything but the weights and the config's dtype is copied byte for byte. An adapter among the weights is merged.
+    untie: a head that is the embedding is written as one of its own, and the config says so. A server that reloads
+    weights while it runs may go on with the old ones in a head that is not among them.
     """
     source = Path(source)
     with drafted(Path(out), dtype) as draft:
@@ -327,6 +330,9 @@ def export(
         if "adapter" in weights:
             places = jax.tree.map(lambda w: w.sharding, {k: w for k, w in weights.items() if k != "adapter"})
             weights = jax.jit(model.merged, out_shardings=places)(weights)
+        if untie and model.config.tie_embeddings:
+            model = replace(model, config=replace(model.config, tie_embeddings=False))
+            weights, config["tie_word_embeddings"] = {**weights, "head": weights["embed"]}, False
         shards = _plan(_tensors(model), DTYPES[dtype].itemsize, max_shard_bytes)
         _write_weights(draft, shards, _flat(weights), DTYPES[dtype])
         if draft is not None:

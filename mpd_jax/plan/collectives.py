@@ -2,7 +2,8 @@
 
 A chip of a group of n sends, on a ring: all-gather (n - 1) parts, reduce-scatter (n - 1) / n of its input, all-reduce
 twice that, all-to-all (n - 1) / n, a permute all of it. A loop whose trips the compiler does not know counts once. A
-collective that runs beside other work stands in several fusions under one channel, and counts once.
+collective that runs beside other work stands in several fusions under one channel, and counts once. libtpu writes a
+reduce-scatter as an all-reduce in a computation of its own, called all-reduce-scatter.
 """
 
 import math
@@ -27,6 +28,7 @@ class _Computation:
     sent: list[tuple[str, str, float]]  # kind, channel, bytes
     called: list[tuple[str, int | str]]  # name, and times or the loop condition that says them
     constants: dict[str, int]
+    scatters: bool = False
     limit: int | None = None  # of a loop condition `counter < limit`; loops of a scan count from 0
 
 
@@ -62,7 +64,8 @@ def _read(hlo: str) -> tuple[dict[str, _Computation], str]:
     current, entry = _Computation([], [], {}), ""
     for line in hlo.splitlines():
         if head := COMPUTATION.match(line.strip()) if line and not line[0].isspace() else None:
-            current = computations[head[1]] = _Computation([], [], {})
+            scatters = head[1].startswith("all-reduce-scatter")
+            current = computations[head[1]] = _Computation([], [], {}, scatters)
             entry = head[1] if line.startswith("ENTRY") else entry
         elif found := INSTRUCTION.match(line):
             sizes[found[1]] = _instruction(found[1], found[2], sizes, current)
@@ -76,6 +79,8 @@ def _instruction(name: str, text: str, sizes: dict[str, int], current: _Computat
         return 0
     result, rest = text[: opcode.start(1)], text[opcode.end(1) :]
     operation = opcode[1].removesuffix("-start")
+    if operation == "all-reduce" and current.scatters:
+        operation = "reduce-scatter"
     if operation in KINDS:
         channel = re.search(r"channel_id=(\d+)", rest)
         amount = _sent(operation, _operands(rest, sizes), _group(rest))

@@ -141,7 +141,7 @@ def estimated_temporaries(phase: Phase, mesh: Mesh, model: Model, teacher: Model
         return logits + scores * (sizes["chunk"] if "prefill" in phase.name else 1)
     rows = sizes["rows"] / sizes["pieces"] / copies
     gradients = local_bytes(phase.resident["optimiser"]) / 2
-    kept = sum(_layer_inputs(model, rows * sizes["student_length"])) + max(
+    kept = sum(_layer_inputs(model, rows * sizes["student_length"] / tensor)) + max(
         _working(m, rows, sizes[f"{side}_length"], tensor)
         for m, side in ((model, "student"), (teacher, "target"))
         if m is not None
@@ -156,7 +156,10 @@ def _width(model: Model) -> int:
 
 
 def _layer_inputs(model: Model, tokens: float) -> tuple[float, float]:
-    """What the backward pass keeps of all layers: their inputs, and without remat their activations too."""
+    """What the backward pass keeps of all layers: their inputs, and without remat their activations too.
+
+    tokens: of one device, positions between layers and activations within them being split over tensor.
+    """
     config, width = model.config, _width(model)
     inner = 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim + 2 * config.hidden_size
     inside = {"full": 0, "dots": inner / 2, "none": inner}[model.remat]

@@ -222,7 +222,15 @@ def _train_traffic(
     once = gathered(student) * passes + (gathered(target) if target else 0)
     rows, length = batch.student_tokens_BT.shape
     width = 4 if student.model.dtype == "float32" else 2
-    kept = rows / shards(mesh) * length * student.model.config.hidden_size * student.model.config.num_layers * width
+    kept = (
+        rows
+        / shards(mesh)
+        * length
+        / mesh.shape["tensor"]
+        * student.model.config.hidden_size
+        * student.model.config.num_layers
+        * width
+    )
     states = local_bytes(held.state.weights) * 2 + local_bytes((held.state.weights, held.state.opt_state)) * 2
     return once * config.train.micro_batches + 2 * kept + states
 

@@ -9,10 +9,9 @@ import json
 import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any, Protocol
 
-from mpd_jax import hosts
+from mpd_jax import files, hosts
 from mpd_jax.sampling.sampler import Request, Response, SamplingConfig
 from mpd_jax.sampling.servers import ServerError, Servers
 from mpd_jax.sampling.spill import Spill
@@ -56,7 +55,7 @@ class VLLMSampler:
         vocab_size: int,
         padding: int = 0,
         max_length: int,
-        spill: Path,
+        spill: files.AnyPath,
         settings: str = "",
         push: Push | None = None,
     ):
@@ -66,8 +65,8 @@ class VLLMSampler:
         servers.admit = self._admit
 
     def load(self, weights: Any, version: int) -> None:
-        """Pushes `weights`; None: the servers have them already."""
-        if self._push is not None and weights is not None:
+        """Pushes `weights`, once a version; None: the servers have them already."""
+        if self._push is not None and weights is not None and version != self.version:
             self._push.push(weights, version)
         self.version = version
 
@@ -95,7 +94,7 @@ class VLLMSampler:
     def _sampled(
         self, requests: Sequence[Request], sampling: SamplingConfig, progress: Callable[[int], None] | None
     ) -> list[tuple[Sequence[int], Sequence[float], str]]:
-        bodies = [self._body(request.prompt, request.key, sampling) for request in requests]
+        bodies = [self.body(request.prompt, request.key, sampling) for request in requests]
         keys = [self._key(request, body) for request, body in zip(requests, bodies, strict=True)]
         with closing(self._spill):
             there = self._spill.begin(keys)
@@ -117,8 +116,8 @@ class VLLMSampler:
             self.servers.ask(PATH, [{**model, **bodies[index]} for index in missing], take, tick=tell)
         return [(r.ids, r.logprobs, r.ended) for r in map(responses.__getitem__, range(len(requests)))]
 
-    def _body(self, prompt: Sequence[int], key: tuple[int, int], sampling: SamplingConfig) -> dict[str, Any]:
-        """Everything but the model's name. The stops are the role's own and nobody else's (ignore_eos)."""
+    def body(self, prompt: Sequence[int], key: tuple[int, int], sampling: SamplingConfig) -> dict[str, Any]:
+        """What is sent, but for the model's name. The stops are the role's own and nobody else's (ignore_eos)."""
         seeded = self.servers.config.seed == "request"
         return {
             "prompt": prompt,
@@ -159,7 +158,7 @@ class VLLMSampler:
         greedy, alone = SamplingConfig(0.0, 1.0, 0, PROBED), SamplingConfig(1.0, 1.0, 1, PROBED)
         said = []
         for sampling in (greedy, alone):
-            body = {"model": self.model_name(), **self._body((0,), (0, 0), sampling), "stop_token_ids": []}
+            body = {"model": self.model_name(), **self.body((0,), (0, 0), sampling), "stop_token_ids": []}
             (answer,) = self.servers.every("POST", PATH, body, urls=[url], patience_s=0.0)
             choice = self._choice(answer)
             said.append(_numbers((choice.get("logprobs") or {}).get("token_logprobs")))

@@ -19,7 +19,6 @@ from mpd_jax.types import UserError
 
 CONNECT_S = 10.0
 LOOK_S = 10.0  # for an answer that costs the server nothing
-KEEP_S = 4.0  # an idle connection is given up before the server does, after 5 s
 LEAST_VERSION = (0, 10, 2)  # the first to answer token ids (return_token_ids)
 REJECTED = (401, 403)
 BUSY = (429, 503)
@@ -94,8 +93,12 @@ class Wire:
         self.model: str | None = None
 
     def client(self) -> httpx2.AsyncClient:
-        """A client for one server. No limit of its pool: how many requests are in flight is the caller's to say."""
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_S)
+        """A client for one server. No limit of its pool: how many requests are in flight is the caller's to say.
+
+        A connection serves one request: to look through hundreds of idle ones before each costs more than a new one,
+        and the server closes them after 5 s of its own accord.
+        """
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         timeout = httpx2.Timeout(None, connect=CONNECT_S)
         # trust_env: proxies and .netrc of the environment are not for servers that stand beside the trainer.

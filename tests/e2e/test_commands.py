@@ -233,7 +233,9 @@ def test_training_brings_the_student_nearer_to_its_target(tmp_path):
         (["sample", "tiny:student", "--prompt", "1+1?", "--temperature", "1e-20"], "temperature = 1e-20"),
         (["train", QUICKSTART, "eval.max_tokens=100000"], "eval"),
         (["train", QUICKSTART, "run.dir=2026-13-45"], "run.dir=2026-13-45"),
-        (["export", ROOT, "out"], "run directory"),
+        (["export", ROOT, "out"], "config.json"),
+        (["export", "tiny:student", "out", "--adapter"], "--adapter: tiny:student is no run directory"),
+        (["export", "tiny:student", "out", "--best"], "--best: tiny:student is no run directory"),
         (["config", QUICKSTART, "eval.grader=guess"], "eval.grader"),
     ],
 )
@@ -242,6 +244,13 @@ def test_a_mistake_gives_one_message_and_exit_code_2(words, said, capsys, tmp_pa
     code, _, error = command(capsys, *words)
     assert code == 2, error
     assert said in error and "Traceback" not in error
+
+
+def test_a_model_is_exported_with_its_head_untied(tmp_path, capsys):
+    assert command(capsys, "export", "tiny:student", tmp_path / "untied", "--untie")[0] == 0
+    tensors = load_file(tmp_path / "untied" / "model.safetensors")
+    np.testing.assert_array_equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    assert not json.loads((tmp_path / "untied" / "config.json").read_text())["tie_word_embeddings"]
 
 
 def test_mismatched_tokenizers_are_refused(tmp_path, capsys):
