@@ -235,9 +235,9 @@ class Judged:
         return hosts.from_main(lambda: self._is_stored(name))
 
     def _is_stored(self, name: str) -> bool:
-        head = self._path(name).with_suffix(".json")
+        data = files.read(self._path(name).with_suffix(".json"))
         try:
-            return json.loads(files.read(head) or "")["settings"] == self._settings()
+            return json.loads(data or b"")["settings"] == self._settings()
         except (ValueError, LookupError, TypeError):  # absent or damaged: it is made again
             return False
 

@@ -53,6 +53,10 @@ def prefix(directory) -> str:
     return str(directory).removeprefix("gs://bucket/")
 
 
+def outage():
+    raise RuntimeError("503, backend error")
+
+
 def objects(directory) -> list[storage.Blob]:
     """All of them, through another library than the package's own way."""
     return list(storage.Client().list_blobs("bucket", prefix=f"{prefix(directory)}/"))
@@ -74,9 +78,9 @@ def test_a_file_is_written_read_replaced_and_removed(run_dir):
 
 def test_what_another_process_writes_is_seen_at_once(run_dir):
     write_atomically(run_dir / "a", "1")
-    assert names(run_dir) == ["a"] and not files.is_file(run_dir / "b")
+    assert [path.name for path in run_dir.iterdir()] == ["a"] and not files.is_file(run_dir / "b")
     storage.Client().bucket("bucket").blob(f"{prefix(run_dir)}/b").upload_from_string("2")
-    assert names(run_dir) == ["a", "b"] and read(run_dir / "b") == b"2"
+    assert [path.name for path in run_dir.iterdir()] == ["a", "b"] and read(run_dir / "b") == b"2"
 
 
 def test_only_process_0_writes(run_dir, monkeypatch):
@@ -117,7 +121,7 @@ def test_an_outage_costs_no_line_and_is_told_at_a_flush(run_dir, monkeypatch):
 
     def refused(path, data):
         tried.set()
-        raise RuntimeError("503, backend error")
+        outage()
 
     lines = Lines(path)
     with monkeypatch.context() as patch:
@@ -314,7 +318,7 @@ def test_a_save_that_was_cut_short_is_no_checkpoint_and_is_cleared_away(run_dir,
 
 
 @pytest.mark.parametrize("how", ["no metadata", "cut short"])
-def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(run_dir, opened, how):
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(run_dir, opened, how, monkeypatch):
     saved = opened(run_dir, keep=3)
     state = make_state(self_copy=False)
     for step in (3, 4):
@@ -325,6 +329,11 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(run_dir, o
     path = files.path(f"gs://bucket/{hit}")
     write_atomically(path, (read(path) or b"")[: sizes[hit] // 2])
     told = []
+    with monkeypatch.context() as patch:  # a network that is down looks the same to those who only read
+        patch.setattr(type(run_dir), "is_file", lambda path: outage())
+        with pytest.raises(UserError, match="could not be read: 503"):
+            opened(run_dir, keep=3, say=told.append).restore(abstract(state))
+    assert names(saved.directory) == ["3", "4"] and not told
     again = opened(run_dir, keep=3, say=told.append)
     assert_equal(again.restore(abstract(state)), state._replace(step=3))
     assert "checkpoints/4 cannot be read" in told[0] and "is now gs://" in told[0]

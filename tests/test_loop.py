@@ -357,6 +357,22 @@ def test_phases_are_logged_in_order_and_a_save_is_open_until_it_is_told_written(
         assert lines.index([step, "save"]) < lines.index([step, "saved"])
 
 
+def test_the_rows_of_all_steps_are_kept_before_a_state_that_will_not_make_them_again(tmp_path, monkeypatch):
+    events, save = [], Checkpoints.save
+
+    class Told(Metrics):
+        def flush(self):
+            events.append(("kept", len(read_rows(self.path))))
+
+    def saving(checkpoints, state):
+        events.append(("saved", state.step))
+        save(checkpoints, state)
+
+    monkeypatch.setattr(Checkpoints, "save", saving)
+    run(tmp_path, metrics=Told)
+    assert events == [(what, done) for done in (2, 4, 6) for what in ("kept", "saved")]
+
+
 def test_several_processes_leave_their_traces_in_directories_of_their_own(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(jax.profiler, "start_trace", started.append)

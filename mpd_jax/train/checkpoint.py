@@ -202,6 +202,7 @@ class Checkpoints:
             raise
         except Exception as error:  # Orbax and its storage layer have many for a file that is damaged
             problem = type(error).__name__
+            files.is_file(self.directory / str(step) / "run" / "metadata")  # tells if it is the network's
         problem = next((other for other in hosts.gather(problem) if other is not None), None)
         return (state, None) if problem is None else (None, problem)
 
@@ -261,8 +262,9 @@ def _unfinished(directory: epath.Path) -> list[epath.Path]:
 
 
 def _read_figures(path: AnyPath) -> dict[int, dict[str, float]]:
+    data = files.read(path) or b"{}"
     try:
-        known = json.loads(files.read(path) or "{}")
+        known = json.loads(data)
         return {int(step): {name: float(value) for name, value in figures.items()} for step, figures in known.items()}
     except (ValueError, TypeError, AttributeError):  # damaged: none is known to be best
         return {}
