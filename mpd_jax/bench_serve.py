@@ -25,6 +25,7 @@ from mpd_jax.bench_sample import WITHOUT_TORCH, Generate, Subject, in_batches, t
 from mpd_jax.sampling.sampler import Request, SamplingConfig, request_key
 from mpd_jax.sampling.servers import ServerConfig, Servers
 from mpd_jax.sampling.vllm_client import PATH, VLLMSampler
+from mpd_jax.serving import sampler_of
 from mpd_jax.types import UserError
 
 BATCH = 64  # of the JAX sampler (slots) and of transformers
@@ -131,15 +132,7 @@ class Load:
 
 
 def served(subject: Subject, servers: Servers, scratch: Path) -> VLLMSampler:
-    files = subject.files
-    sampler = VLLMSampler(
-        servers,
-        eos_ids=files.eos_ids,
-        vocab_size=files.chat.vocab_size,
-        padding=files.model.config.vocab_size - files.chat.vocab_size,
-        max_length=servers.window,
-        spill=scratch / "spill.jsonl",
-    )
+    sampler = sampler_of(subject.files, servers, servers.window, scratch / "spill.jsonl")
     sampler.load(None, 0)
     return sampler
 

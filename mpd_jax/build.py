@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -23,7 +22,7 @@ from mpd_jax.config import RunConfig, flat, under
 from mpd_jax.data.chat import Chat, Contexts
 from mpd_jax.data.problems import ProblemsConfig, ProblemSet, read, refuse_overlap
 from mpd_jax.eval.grade import GraderPool, grade
-from mpd_jax.files import Lines
+from mpd_jax.files import AnyPath, Lines
 from mpd_jax.recipe import rewrite, target, write
 from mpd_jax.recipe.recipe import Recipe
 from mpd_jax.roles import ModelFiles, Roles, open_model, open_roles
@@ -133,7 +132,7 @@ def _push(
     config: RunConfig,
     mesh: Mesh,
     whole: Callable[[Any], Any],
-    run_dir: Path,
+    run_dir: AnyPath,
     training: Sequence[Problem],
     stack: ExitStack,
     say: Say,
@@ -159,7 +158,7 @@ def _push(
 
 def build(
     config: RunConfig,
-    run_dir: Path,
+    run_dir: AnyPath,
     live: Callable[[Row], None],
     say: Say,
     progress: Progress,
@@ -247,7 +246,7 @@ def update_of(config: RunConfig, roles: Roles, mesh: Mesh) -> Update:
 
 
 def _start(
-    config: RunConfig, student: ModelFiles, mesh: Mesh, checkpoints: Checkpoints, run_dir: Path, say: Say
+    config: RunConfig, student: ModelFiles, mesh: Mesh, checkpoints: Checkpoints, run_dir: AnyPath, say: Say
 ) -> RunState:
     """Step 5. What a checkpoint holds is not loaded from elsewhere first: the run would be in memory twice."""
     state = checkpoints.restore(abstract_state(config, student, mesh))
@@ -355,7 +354,7 @@ class Restored:
         return self.files.trains.over(self.base, self.trained)
 
 
-def restored_student(config: RunConfig, run_dir: Path, which: Which | None = None) -> Restored:
+def restored_student(config: RunConfig, run_dir: AnyPath, which: Which | None = None) -> Restored:
     """The student of a run at a checkpoint, the newest unless `which` names another, on whatever devices are here.
     Changes nothing in the run."""
     try:

@@ -21,7 +21,7 @@ app = typer.Typer(
     help="Teach a small reasoning model to think in fewer tokens: mixed-policy distillation and its family, in JAX.",
 )
 
-Config = Annotated[Path, typer.Argument(help="A YAML file such as configs/quickstart.yaml.", show_default=False)]
+Config = Annotated[str, typer.Argument(help="A YAML file such as configs/quickstart.yaml.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Changes to the config, such as train.steps=10 run.seed=1.", metavar="[SECTION.KEY=VALUE]..."),
@@ -155,7 +155,7 @@ def evaluate(
     source: Annotated[str, typer.Argument(help="A run directory, or a model as for `sample`.", show_default=False)],
     overrides: Overrides = None,
     config: Annotated[
-        Path | None, typer.Option(help="Where problems and eval settings come from; a run directory has its own.")
+        str | None, typer.Option(help="Where problems and eval settings come from; a run directory has its own.")
     ] = None,
     regrade: Annotated[
         str | None, typer.Option(help="Grade the stored samples of a run again with this grader; sample nothing.")

@@ -9,14 +9,15 @@ import re
 import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pydantic
 import yaml
 
+from mpd_jax import files
 from mpd_jax.data.problems import ProblemsConfig
 from mpd_jax.eval.evaluate import EvalConfig
+from mpd_jax.files import AnyPath
 from mpd_jax.models.config import ModelSpec
 from mpd_jax.models.lora import StudentSpec
 from mpd_jax.recipe.recipe import Recipe, validate
@@ -27,12 +28,14 @@ from mpd_jax.sharding import MeshConfig
 from mpd_jax.train.state import TrainConfig
 from mpd_jax.types import UserError
 
+BUCKET_DIRECTORY = re.compile(r"gs://[a-z0-9][a-z0-9._-]+/[^/*?\[\]#][^*?\[\]#]*")  # without patterns and generations
+
 
 @dataclass(frozen=True)
 class RunSection:
-    """Where the run lives, a directory on this machine or mounted there, and its one root seed.
+    """Where the run lives, and its one root seed.
 
-    dir: of several processes all must see it, on a shared file system.
+    dir: a directory on this machine or mounted there, or gs://BUCKET/DIRECTORY; all processes of a run must see it.
     compile_cache: a directory or gs:// address where compiled programs are kept: a later start, of this run or of
     another with the same shapes on the same devices, compiles nothing that it holds.
     """
@@ -42,9 +45,11 @@ class RunSection:
     compile_cache: str | None = None
 
     def __post_init__(self) -> None:
-        if "://" in self.dir or not self.dir.strip() or not self.dir.isprintable():
+        there = BUCKET_DIRECTORY.fullmatch(self.dir) or ("://" not in self.dir and self.dir.strip())
+        if not there or not self.dir.isprintable():
             raise UserError(
-                f"run.dir: {self.dir!r} is not allowed; give a directory on this machine (a bucket: mounted)"
+                f"run.dir: {self.dir!r} is not allowed; give a directory on this machine, or gs://BUCKET/DIRECTORY "
+                "(with none of *?[]# in it)"
             )
 
 
@@ -131,15 +136,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+def load(path: str | AnyPath, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """The config of a YAML file with `section.key=value` overrides applied. UserError names key, value and remedy."""
     return resolve(read_yaml(path), overrides)
 
 
-def read_yaml(path: str | Path) -> dict:
+def read_yaml(path: str | AnyPath) -> dict:
     """The mapping in a YAML file."""
-    path = Path(path)
-    if not path.is_file():
+    path = files.path(path)
+    if not files.is_file(path):
         raise UserError(f"config {path}: no such file; give the path of a YAML file, such as configs/quickstart.yaml")
     try:
         with path.open() as file:
@@ -310,6 +315,11 @@ def _check_serving(config: RunConfig) -> None:
                 f"{name}.serve: {section.serve!r} is not allowed; give jax, the address of a vLLM server such as "
                 "http://host:8000, or a list of different ones (a key stands in the environment, not in the address)"
             )
+    if config.student.servers and "://" in config.run.dir and config.sampling.push.directory is None:
+        raise UserError(
+            f"sampling.push.directory: missing; servers cannot read {config.run.dir}/served: give a directory that "
+            "they share with process 0, or a gs:// address and in sampling.push.seen_as where they have it mounted"
+        )
     top_k = config.recipe.target.top_k
     if top_k and config.teacher and config.teacher.serve == "jax":
         raise UserError(

@@ -5,7 +5,6 @@ A run directory holds config.yaml (resolved), metrics.jsonl, phase.log, trajecto
 """
 
 import dataclasses
-import fcntl
 import importlib.util
 import json
 import platform
@@ -14,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +27,8 @@ from mpd_jax.doctor import command as doctor
 from mpd_jax.eval import evaluate as evaluation
 from mpd_jax.eval.evaluate import EvalRow
 from mpd_jax.eval.plot import plot_run
-from mpd_jax.files import write_atomically, writing
+from mpd_jax.files import AnyPath, write_atomically
+from mpd_jax.lock import locked
 from mpd_jax.roles import open_roles
 from mpd_jax.screen import Screen, live_line
 from mpd_jax.serving import Secrets
@@ -77,13 +77,13 @@ FREE = (
 BASE, CONCISE, TRAINED = "base", "prompt-only concise", "trained"
 
 
-def train(settings: RunConfig, secrets: Secrets = lambda name: None) -> Path:
+def train(settings: RunConfig, secrets: Secrets = lambda name: None) -> AnyPath:
     """Evaluate, train, evaluate again, sum up. Returns the run directory. secrets: API keys by name."""
-    screen, run_dir, began = Screen(quiet=not hosts.is_main()), Path(settings.run.dir), time.perf_counter()
+    screen, run_dir, began = Screen(quiet=not hosts.is_main()), files.path(settings.run.dir), time.perf_counter()
     if settings.run.compile_cache:
         keep_compiled(settings.run.compile_cache)
     steps = settings.train.steps
-    with hosts.stoppable(screen.say), locked(run_dir), screen.bar("training", steps) as advance:
+    with hosts.stoppable(screen.say), locked(run_dir, screen.say), screen.bar("training", steps) as advance:
         hosts.from_main(lambda: refuse_another_run(run_dir, settings))
         roles = open_roles(settings)
         hosts.from_main(lambda: doctor.before_training(settings, roles, secrets, screen.say))
@@ -158,30 +158,10 @@ def keep_compiled(directory: str) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """One trainer a run directory; the lock is gone with the process, however it ends."""
-    with ExitStack() as stack:
-
-        def lock() -> None:
-            with writing(run_dir):
-                run_dir.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(run_dir / ".lock", "w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"run.dir: {run_dir} is being trained by another process; wait for it, or choose another run.dir"
-                ) from None
-
-        hosts.from_main(lock)
-        yield
-
-
-def refuse_another_run(run_dir: Path, settings: RunConfig) -> None:
+def refuse_another_run(run_dir: AnyPath, settings: RunConfig) -> None:
     """Refuses to resume a run with a config that learns something else."""
     path = run_dir / "config.yaml"
-    if not path.exists():
+    if not files.is_file(path):
         return
     there = config.load(path)
     old, new = (config.flat(dataclasses.asdict(c)) for c in (there, settings))
@@ -246,7 +226,7 @@ class Judged:
         points = [(step, row) for step, path in sorted(between) for row in evaluation.read_rows(path)]
         return [*((int(r.name.split()[-1]) if r.name.startswith(TRAINED) else 0, r) for r in rows), *points]
 
-    def _path(self, name: str) -> Path:
+    def _path(self, name: str) -> AnyPath:
         return self.run.parts.run_dir / "evaluations" / f"{name}.jsonl"
 
     def _settings(self) -> dict[str, Any]:
@@ -265,10 +245,10 @@ class Judged:
         return hosts.from_main(lambda: self._is_stored(name))
 
     def _is_stored(self, name: str) -> bool:
-        head = self._path(name).with_suffix(".json")
+        data = files.read(self._path(name).with_suffix(".json"))
         try:
-            return json.loads(head.read_text())["settings"] == self._settings()
-        except (FileNotFoundError, ValueError, LookupError, TypeError):  # absent or damaged: it is made again
+            return json.loads(data or b"")["settings"] == self._settings()
+        except (ValueError, LookupError, TypeError):  # absent or damaged: it is made again
             return False
 
     def _evaluate(self, name: str, context: str) -> list[EvalRow]:
@@ -277,7 +257,7 @@ class Judged:
         if self._stored(name):
             if not hosts.is_main():
                 return []
-            self.seconds[f"evaluate {name}"] = json.loads(head.read_text())["seconds"]
+            self.seconds[f"evaluate {name}"] = json.loads(files.read(head) or b"")["seconds"]
             return evaluation.read_rows(path)
         began = time.perf_counter()
         with self.screen.bar(f"evaluating {name}", evaluation.count(run.heldout, run.config.eval)) as advance:
@@ -302,7 +282,7 @@ class Judged:
         return rows
 
 
-def with_truncation(run_dir: Path, rows: Sequence[EvalRow]) -> list[EvalRow]:
+def with_truncation(run_dir: AnyPath, rows: Sequence[EvalRow]) -> list[EvalRow]:
     """The rows with the control before the trained ones: the base model's samples cut to the trained length."""
     samples = evaluation.read_samples(run_dir / "evaluations" / f"{BASE}.jsonl")
     trained = [row for row in rows if row.name.startswith(TRAINED)]
@@ -313,17 +293,17 @@ def with_truncation(run_dir: Path, rows: Sequence[EvalRow]) -> list[EvalRow]:
     return [*(row for row in rows if not row.name.startswith(TRAINED)), *controls, *trained]
 
 
-def record_process(run_dir: Path, steps: int, seconds: float) -> None:
+def record_process(run_dir: AnyPath, steps: int, seconds: float) -> None:
     """One line a process that trained: a run that was resumed cost what all of them cost."""
     path = run_dir / "processes.jsonl"
-    lines = path.read_text() if path.exists() else ""
+    lines = (files.read(path) or b"").decode()
     if steps or not lines:
         line = {"steps": steps, "seconds": round(seconds, 3), "peak_memory_bytes": peak_memory()}
         write_atomically(path, lines + json.dumps(line) + "\n")
 
 
 def summarise(
-    run_dir: Path, settings: RunConfig, rows: Sequence[EvalRow], eval_seconds: dict[str, float]
+    run_dir: AnyPath, settings: RunConfig, rows: Sequence[EvalRow], eval_seconds: dict[str, float]
 ) -> dict[str, Any]:
     """summary.json: before and after at the headline temperature, every row, paired differences, cost, versions."""
     headline = settings.eval.temperatures[0]

@@ -5,7 +5,6 @@ Process 0 alone speaks with servers; every process makes the same calls here, an
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 from mpd_jax import files, hosts
 from mpd_jax.config import RunConfig
@@ -38,7 +37,7 @@ class Serving:
     def __init__(
         self,
         config: RunConfig,
-        run_dir: Path,
+        run_dir: files.AnyPath,
         settings: str,
         *,
         secrets: Secrets,
@@ -52,7 +51,7 @@ class Serving:
         self._say, self._progress, self._push = say, progress, push
         self._servers: dict[str, Servers] = {}
         self._pushes: dict[str, Push] = {}
-        self._spills: list[Path] = []
+        self._spills: list[files.AnyPath] = []
 
     def servers(self, held: ModelFiles) -> Servers:
         """The servers of a model, once one of them has answered."""
@@ -69,15 +68,8 @@ class Serving:
         window = hosts.from_main(lambda: servers.window)
         require_window(held.key, servers, window, max_length)
         self._spills.append(self._run_dir / "trajectories" / f"unfinished.{role}.jsonl")
-        return VLLMSampler(
-            servers,
-            eos_ids=held.eos_ids,
-            vocab_size=held.chat.vocab_size,
-            padding=held.model.config.vocab_size - held.chat.vocab_size,
-            max_length=max_length,
-            spill=self._spills[-1],
-            settings=self._settings,
-            push=self._pushes.get(held.key),
+        return sampler_of(
+            held, servers, max_length, self._spills[-1], settings=self._settings, push=self._pushes.get(held.key)
         )
 
     def forget(self) -> None:
@@ -96,3 +88,19 @@ class Serving:
             advance(1)
         says = f"{servers.model!r}, prompts and responses of {servers.window} tokens, vLLM {servers.version}"
         self._say(f"{key}: served by {', '.join(servers.urls)} ({says})")
+
+
+def sampler_of(
+    held: ModelFiles, servers: Servers, max_length: int, spill: Path, settings: str = "", push: Push | None = None
+) -> VLLMSampler:
+    """A sampler on servers that hold this model; see VLLMSampler."""
+    return VLLMSampler(
+        servers,
+        eos_ids=held.eos_ids,
+        vocab_size=held.chat.vocab_size,
+        padding=held.model.config.vocab_size - held.chat.vocab_size,
+        max_length=max_length,
+        spill=spill,
+        settings=settings,
+        push=push,
+    )

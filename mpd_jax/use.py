@@ -9,9 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mpd_jax import build, config
+from mpd_jax import build, config, files
 from mpd_jax.config import RunConfig
 from mpd_jax.eval import evaluate as evaluation
+from mpd_jax.files import AnyPath
 from mpd_jax.models.hf_weights import export as export_weights
 from mpd_jax.models.peft import export_adapter
 from mpd_jax.roles import make_sampler, open_model
@@ -24,7 +25,7 @@ from mpd_jax.types import Problem, UserError
 
 def evaluate(
     source: str,
-    config_path: Path | None,
+    config_path: str | None,
     overrides: Sequence[str],
     regrade: str | None,
     out: Path | None,
@@ -34,8 +35,8 @@ def evaluate(
 
     A weight tree of None stands for the one before it: it is loaded already.
     """
-    run_dir = Path(source)
-    is_run = (run_dir / "config.yaml").is_file()
+    run_dir = files.path(source)
+    is_run = files.is_file(run_dir / "config.yaml")
     if regrade and not is_run:
         raise UserError(f"--regrade: {source} is no run directory (it holds no config.yaml), so it stores no samples")
     if regrade and which is not None:
@@ -51,17 +52,17 @@ def evaluate(
     if is_run:
         settings = config.load(config_path or run_dir / "config.yaml", overrides)
         restored = build.restored_student(config.load(run_dir / "config.yaml"), run_dir, which)
-        files, mesh = restored.files, restored.mesh
+        model, mesh = restored.files, restored.mesh
         asked = [(BASE, restored.before(), "plain"), (CONCISE, None, "concise")]
         asked.append((f"{TRAINED}, step {restored.step}", restored.after(), "plain"))
     else:
         _refuse_choice(source, which)
         settings = _model_settings(source, config_path, overrides)
-        files = open_model("student", settings.student, settings.recipe.contexts)
+        model = open_model("student", settings.student, settings.recipe.contexts)
         mesh = build.make_mesh(settings.mesh)
-        asked = [(source, files.weights(mesh), "plain"), (f"{source}, {CONCISE}", None, "concise")]
+        asked = [(source, model.weights(mesh), "plain"), (f"{source}, {CONCISE}", None, "concise")]
     problems = build.read_problems(settings.problems, "heldout")
-    sampler = make_sampler(files, settings, mesh, settings.sampling.prompt_tokens, settings.eval.max_tokens)
+    sampler = make_sampler(model, settings, mesh, settings.sampling.prompt_tokens, settings.eval.max_tokens)
     screen, rows = Screen(), []
     for label, weights, context in asked:
         if weights is not None:
@@ -72,7 +73,7 @@ def evaluate(
             rows += evaluation.evaluate(
                 label,
                 sampler,
-                files.chat,
+                model.chat,
                 problems,
                 settings.eval,
                 seed=settings.run.seed,
@@ -83,7 +84,7 @@ def evaluate(
     Console().print(evaluation.table(rows))
 
 
-def _regrade(run_dir: Path, grader: str) -> None:
+def _regrade(run_dir: AnyPath, grader: str) -> None:
     stored = sorted((run_dir / "evaluations").glob("*.jsonl"))
     if not stored:
         raise UserError(f"--regrade: {run_dir}/evaluations holds no samples; run `mpd-jax eval {run_dir}` first")
@@ -100,7 +101,7 @@ def _refuse_choice(source: str, which: Which | None) -> None:
         )
 
 
-def _model_settings(source: str, config_path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+def _model_settings(source: str, config_path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Settings for a model that belongs to no run: those of a config, or the defaults."""
     if config_path:
         tree, of_the_run = config.read_yaml(config_path), dict.fromkeys(("revision", "lora", "adapter"))
@@ -157,8 +158,8 @@ class _Answerer:
     """A model on the devices, ready for prompts of up to 512 tokens."""
 
     def __init__(self, source: str, sampling: SamplingConfig, which: Which | None):
-        run_dir = Path(source)
-        if (run_dir / "config.yaml").is_file():
+        run_dir = files.path(source)
+        if files.is_file(run_dir / "config.yaml"):
             settings = config.load(run_dir / "config.yaml")
             restored = build.restored_student(settings, run_dir, which)
             self.files, mesh, weights = restored.files, restored.mesh, restored.after()
@@ -218,7 +219,7 @@ class _Answerer:
 
 
 def export(
-    source: str,
+    source: str | AnyPath,
     out: Path,
     dtype: str | None,
     adapter: bool = False,
@@ -226,9 +227,9 @@ def export(
     untie: bool = False,
 ) -> None:
     """`mpd-jax export`: a run's student with any adapter merged, its adapter alone, or any other model."""
-    run_dir = Path(source)
-    if not (run_dir / "config.yaml").is_file():
-        _export_model(source, out, dtype or "bfloat16", adapter, which, untie)
+    run_dir = files.path(source)
+    if not files.is_file(run_dir / "config.yaml"):
+        _export_model(str(source), out, dtype or "bfloat16", adapter, which, untie)
         return
     settings = config.load(run_dir / "config.yaml")
     if adapter and settings.student.lora is None:
@@ -236,14 +237,14 @@ def export(
     if adapter and untie:
         raise UserError("--untie: an adapter holds no head; leave --untie or --adapter out")
     restored = build.restored_student(settings, run_dir, which)
-    files, dtype = restored.files, dtype or ("float32" if adapter else "bfloat16")
+    model, dtype = restored.files, dtype or ("float32" if adapter else "bfloat16")
     if adapter:
-        assert files.adapted is not None, "lora without an adapter"
+        assert model.adapted is not None, "lora without an adapter"
         pinned = settings.student.revision is not None
-        base = settings.student.path if pinned else str(files.directory.absolute())
-        export_adapter(out, files.adapted, restored.trained, base, settings.student.revision, dtype=dtype)
+        base = settings.student.path if pinned else str(model.directory.absolute())
+        export_adapter(out, model.adapted, restored.trained, base, settings.student.revision, dtype=dtype)
     else:
-        export_weights(out, files.directory, files.model, restored.after(), dtype=dtype, untie=untie)
+        export_weights(out, model.directory, model.model, restored.after(), dtype=dtype, untie=untie)
     Screen().say(f"wrote {out} ({dtype}), the student after step {restored.step}")
 
 
@@ -252,7 +253,7 @@ def _export_model(source: str, out: Path, dtype: str, adapter: bool, which: Whic
     if adapter:
         raise UserError(f"--adapter: {source} is no run directory (it holds no config.yaml); leave it out")
     settings = _model_settings(source, None)
-    files = open_model("student", settings.student, settings.recipe.contexts)
-    weights = files.weights(build.make_mesh(settings.mesh))
-    export_weights(out, files.directory, files.model, weights, dtype=dtype, untie=untie)
+    model = open_model("student", settings.student, settings.recipe.contexts)
+    weights = model.weights(build.make_mesh(settings.mesh))
+    export_weights(out, model.directory, model.model, weights, dtype=dtype, untie=untie)
     Screen().say(f"wrote {out} ({dtype})")

@@ -124,6 +124,8 @@ def test_all_answer_the_same_problems_up_to_their_ends_and_equal_responses_are_c
     with Student(bigram(1)) as there:
         servers = bench_serve.Servers([there.url], bench_serve.ServerConfig())
         rows = bench_serve.side_by_side(subject, servers, tmp_path, repeats=2)
+        asked = [body for body in there.bodies() if body["max_tokens"] == 8 and body["prompt"] != [0]]
+    assert len(asked) == 2 * COUNT, "nothing is read back from disk"
     assert [(row["who"], row["equal_responses"]) for row in rows] == [
         ("JAX sampler", 1.0),
         ("vLLM server", 5 / 6),

@@ -55,7 +55,9 @@ def test_configs_of_real_size_give_each_of_eight_accelerators_one_row_at_a_time(
         ("recipe.loss.kind=cross_entropy", "cross_entropy"),
         ("train.keep_best=accuracy", "train.keep_best: accuracy is measured every eval.every = 0 steps"),
         ("run={}", "run.dir: required and missing"),
-        ("run.dir=gs://bucket/run", "run.dir: 'gs://bucket/run' is not allowed"),
+        ("run.dir=s3://bucket/run", "run.dir: 's3://bucket/run' is not allowed"),
+        ("run.dir=gs://bucket/", "run.dir: 'gs://bucket/' is not allowed"),
+        ("run.dir=gs://bucket/run[1]", "run.dir: 'gs://bucket/run[1]' is not allowed"),
         (
             "student.lora=16",
             "student.lora: 16 is not allowed; it must be a section such as {rank: ..., alpha: ...}, or",

@@ -10,6 +10,7 @@ LAYERS = [
     {"types"},
     {"hosts"},
     {"files"},
+    {"lock"},
     {"sharding", "recipe.loss", "recipe.fused", "sampling.sampler", "eval.grade", "eval.math_worker"},
     {"models"},
     {"data", "sampling", "train.state"},

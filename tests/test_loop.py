@@ -21,7 +21,7 @@ from mpd_jax.train.metrics import Clock, Metrics, PhaseLog, read_rows
 from mpd_jax.train.records import Records
 from mpd_jax.train.state import TrainConfig, abstract, new_state, optimiser
 from mpd_jax.train.step import make_update
-from mpd_jax.types import Batch, Problem, Trajectory, UserError
+from mpd_jax.types import Batch, Problem, TopK, Trajectory, UserError
 from tests.test_step import RESPONSE, VOCAB, tiny_model, weights_of
 
 SEED, STEPS, PROMPT = 11, 6, (1, 2, 3)
@@ -357,6 +357,22 @@ def test_phases_are_logged_in_order_and_a_save_is_open_until_it_is_told_written(
         assert lines.index([step, "save"]) < lines.index([step, "saved"])
 
 
+def test_the_rows_of_all_steps_are_kept_before_a_state_that_will_not_make_them_again(tmp_path, monkeypatch):
+    events, save = [], Checkpoints.save
+
+    class Told(Metrics):
+        def flush(self):
+            events.append(("kept", len(read_rows(self.path))))
+
+    def saving(checkpoints, state):
+        events.append(("saved", state.step))
+        save(checkpoints, state)
+
+    monkeypatch.setattr(Checkpoints, "save", saving)
+    run(tmp_path, metrics=Told)
+    assert events == [(what, done) for done in (2, 4, 6) for what in ("kept", "saved")]
+
+
 def test_several_processes_leave_their_traces_in_directories_of_their_own(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(jax.profiler, "start_trace", started.append)
@@ -376,3 +392,32 @@ def test_profiled_steps_leave_a_trace(steps, tmp_path):
     traces = list((tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb"))
     assert len(traces) == 1 and traces[0].stat().st_size > 0
     assert b"PjitFunction" in traces[0].read_bytes()
+
+
+def said_of(problems, trajectories, step):
+    return [replace(t, target=TopK(np.full((len(t.response), 1), step), np.zeros(1))) for t in trajectories]
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_every_step_is_scored_once_before_its_batch_and_again_after_a_kill(tmp_path, lookahead):
+    asked, met = [], []
+
+    def score(problems, trajectories, step):
+        asked.append(step)
+        return said_of(problems, trajectories, step)
+
+    def batch(problems, trajectories):
+        met.append({int(t.target.ids_RK[0, 0]) for t in trajectories})
+        return to_batch(problems, trajectories)
+
+    how = {"score": score, "to_batch": batch, "lookahead": lookahead, "steps": 4}
+    with pytest.raises(Killed):
+        run(tmp_path, kill=(2, "update"), **how)
+    first = list(asked)
+    assert first[:3] == [0, 1, 2]
+    _, opened = run(tmp_path, **how)
+    assert met == [{0}, {1}, {2}, {3}]
+    assert asked[len(first) :] == [2, 3]  # the stored trajectories of step 2, and those of step 3
+    assert "target" not in opened.parts.records.path(0).read_text()  # it is asked again
+    rows = opened.parts.metrics.path.read_text().splitlines()
+    assert all('"score_seconds"' in row and '"score_tokens_per_second"' in row for row in rows)

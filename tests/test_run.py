@@ -9,7 +9,8 @@ from typing import Any, cast
 import pytest
 
 from mpd_jax import config, hosts
-from mpd_jax.run import Judged, locked, refuse_another_run, telling_what_is_saved
+from mpd_jax.lock import locked
+from mpd_jax.run import Judged, refuse_another_run, telling_what_is_saved
 from mpd_jax.types import UserError
 from tests.e2e.tiny import QUICKSTART
 

@@ -1,6 +1,7 @@
 """From `serve` in a config to samplers: who is waited for, what is refused before anything is sampled, whose key."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -69,8 +70,9 @@ def test_the_samplers_of_a_served_model_share_its_servers_and_keep_their_respons
 def test_columns_of_the_head_that_no_token_has_are_not_drawn(tmp_path, server):
     settings, made = serving(tmp_path, f"teacher.serve={server.url}")
     teacher = role("teacher", settings)
-    sampler = made.sampler(teacher, "writer", 200)
-    assert (sampler.vocab_size, sampler.padding) == (teacher.chat.vocab_size, 512 - teacher.chat.vocab_size)
+    wider = replace(teacher, model=replace(teacher.model, config=replace(teacher.model.config, vocab_size=520)))
+    sampler = made.sampler(wider, "writer", 200)
+    assert (sampler.vocab_size, sampler.padding) == (512, 8)
 
 
 def test_a_server_whose_window_is_too_small_is_refused_with_both_numbers(tmp_path, server):

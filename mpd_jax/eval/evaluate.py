@@ -9,16 +9,15 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from mpd_jax import hosts
+from mpd_jax import files, hosts
 from mpd_jax.eval.grade import GRADERS, GraderPool
-from mpd_jax.files import write_atomically
+from mpd_jax.files import AnyPath, write_atomically
 from mpd_jax.sampling.sampler import (
     COLDEST,
     Request,
@@ -145,7 +144,7 @@ def evaluate(
     *,
     seed: int,
     context: str = "plain",
-    out_path: str | Path | None = None,
+    out_path: AnyPath | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[EvalRow]:
     """One row a temperature, in the config's order. The sampler answers with the weights it has loaded.
@@ -239,21 +238,21 @@ def _graded(samples: Sequence[Sample], pool: GraderPool) -> list[Sample]:
     return [replace(s, **asdict(grade)) for s, grade in zip(samples, grades, strict=True)]
 
 
-def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
+def write_samples(path: AnyPath, samples: Iterable[Sample]) -> None:
     """One sample a line; the file appears whole or not at all."""
     lines = (json.dumps(asdict(s), separators=(",", ":"), ensure_ascii=False) for s in samples)
-    write_atomically(Path(path), "".join(f"{line}\n" for line in lines))
+    write_atomically(path, "".join(f"{line}\n" for line in lines))
 
 
-def read_samples(path: str | Path) -> list[Sample]:
+def read_samples(path: AnyPath) -> list[Sample]:
     """The samples of a per-sample file."""
-    path = Path(path)
-    if not path.is_file():
+    data = files.read(path)
+    if data is None:
         raise UserError(f"samples {path}: no such file; give a per-sample file that an evaluation wrote")
     names = {f.name for f in fields(Sample)}
     samples = []
     # Split at line feeds only: a response may hold other characters that Python counts as line ends.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(data.decode().split("\n"), start=1):
         if not line:
             continue
         try:
@@ -269,12 +268,12 @@ def read_samples(path: str | Path) -> list[Sample]:
     return samples
 
 
-def read_rows(path: str | Path) -> list[EvalRow]:
+def read_rows(path: AnyPath) -> list[EvalRow]:
     """The rows of a per-sample file, as it was graded."""
     return rows_of(read_samples(path))
 
 
-def regrade(path: str | Path, grader: str, out_path: str | Path | None = None) -> list[EvalRow]:
+def regrade(path: AnyPath, grader: str, out_path: AnyPath | None = None) -> list[EvalRow]:
     """The rows that another grader makes of a per-sample file; out_path keeps the new grades too."""
     samples = read_samples(path)
     with GraderPool(grader) as pool:

@@ -5,7 +5,6 @@ Drawn with matplotlib's objects and its Agg canvas: no global state, no display,
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mpd_jax.eval.evaluate import EvalRow
-from mpd_jax.files import write_atomically
+from mpd_jax.files import AnyPath, write_atomically
 
 INK, MUTED, GRID = "#1f2328", "#6e7781", "#e6e8eb"
 HELD_OUT, WRITTEN, TRAINED_ON = "#0b5cad", "#e08214", "#7a5195"
@@ -23,7 +22,7 @@ LENGTHS = (("written_tokens", "as written (training)", WRITTEN), ("response_toke
 
 
 def plot_run(
-    metrics_rows: Sequence[Mapping[str, Any]], eval_rows: Sequence[tuple[int, EvalRow]], path: str | Path
+    metrics_rows: Sequence[Mapping[str, Any]], eval_rows: Sequence[tuple[int, EvalRow]], path: AnyPath
 ) -> None:
     """Writes the PNG. metrics_rows: rows of metrics.jsonl; eval_rows: (step after which it was evaluated, row).
 
@@ -61,7 +60,7 @@ def plot_run(
         figure.suptitle(_title(curve[0][1], curve[-1][1]), x=0.01, ha="left", color=INK, fontsize=11, weight="bold")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    write_atomically(Path(path), buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 def _title(before: EvalRow, after: EvalRow) -> str:

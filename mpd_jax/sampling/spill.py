@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Collection
-from pathlib import Path
 
 from mpd_jax import files
 from mpd_jax.sampling.sampler import Response
@@ -11,7 +10,7 @@ from mpd_jax.sampling.sampler import Response
 class Spill:
     """A file of one call's responses, a JSON line each; a key says of a response all that it may depend on."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: files.AnyPath):
         self._path = path
         self._lines: files.Lines | None = None
 
@@ -21,7 +20,7 @@ class Spill:
         A line that a kill cut short is left out, and so is any other that cannot be read.
         """
         wanted, found = set(keys), {}
-        text = self._path.read_text(errors="replace") if self._path.exists() else ""
+        text = (files.read(self._path) or b"").decode(errors="replace")
         for line in text.split("\n"):
             try:
                 key, ids, logprobs, ended = json.loads(line)

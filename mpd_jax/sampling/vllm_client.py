@@ -9,10 +9,9 @@ import json
 import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any, Protocol
 
-from mpd_jax import hosts
+from mpd_jax import files, hosts
 from mpd_jax.sampling.sampler import Request, Response, SamplingConfig
 from mpd_jax.sampling.servers import ServerError, Servers
 from mpd_jax.sampling.spill import Spill
@@ -56,7 +55,7 @@ class VLLMSampler:
         vocab_size: int,
         padding: int = 0,
         max_length: int,
-        spill: Path,
+        spill: files.AnyPath,
         settings: str = "",
         push: Push | None = None,
     ):

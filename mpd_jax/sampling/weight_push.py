@@ -20,6 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mpd_jax import hosts
+from mpd_jax.files import AnyPath
 from mpd_jax.models.decoder import Model
 from mpd_jax.models.hf_weights import export
 from mpd_jax.models.lora import Adapted
@@ -99,7 +100,7 @@ class WeightPush:
         student: Student,
         whole: Callable[[Any], Any],
         mesh: Mesh,
-        run_dir: Path | str,
+        run_dir: AnyPath,
         samples: Sequence[Sequence[int]],
         *,
         server: ServerConfig,

@@ -1,7 +1,8 @@
 """The whole RunState on disk, written asynchronously, restored onto any mesh. The only module that knows Orbax.
 
-A checkpoint is a directory named by the number of finished updates; it appears by renaming a temporary one, so a save
-that was cut short is never taken for a checkpoint. Arrays are pure dicts: the optimiser state by key path.
+A checkpoint is a directory named by the number of finished updates. It appears by renaming a temporary one, in a bucket
+by the object that Orbax puts last, so a save that was cut short is never taken for a checkpoint. Arrays are pure dicts:
+the optimiser state by key path.
 """
 
 import errno
@@ -12,7 +13,6 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -20,8 +20,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from mpd_jax import hosts
-from mpd_jax.files import write_atomically
+from mpd_jax import files, hosts
+from mpd_jax.files import AnyPath, write_atomically
 from mpd_jax.train.state import PyTree, RunState
 from mpd_jax.types import UserError
 
@@ -50,12 +50,13 @@ class Checkpoints:
 
     read_only: another process may be training; nothing is cleaned up or written.
     `on_commit(step)` is called by the saving thread when everything is written and only the renaming is left. `say` is
-    told of checkpoints that cannot be read. All processes of a run see the same directory, on a shared file system.
+    told of checkpoints that cannot be read. All processes of a run see the same directory, on a shared file system or
+    in a bucket.
     """
 
     def __init__(
         self,
-        run_dir: Path,
+        run_dir: AnyPath,
         keep: int,
         on_commit: Callable[[int], None] | None = None,
         *,
@@ -64,7 +65,8 @@ class Checkpoints:
         say: Callable[[str], None] = log.warning,
     ):
         self._say = say
-        self.directory = (Path(run_dir) / "checkpoints").absolute()
+        directory = files.path(run_dir) / "checkpoints"
+        self.directory = directory if files.remote(directory) else directory.absolute()
         self._saving: int | None = None
         self._read_only = read_only
         self._keep_best = keep_best
@@ -80,8 +82,8 @@ class Checkpoints:
         with _saying(self.directory, "opened"):
             # Orbax cleans up in the background, where it was seen to remove a save that had begun meanwhile.
             if hosts.is_main() and not read_only:
-                for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(unfinished)
+                for unfinished in _unfinished(epath.Path(self.directory)):
+                    unfinished.rmtree()
             known = hosts.from_main(lambda: list(_read_figures(self.directory / FIGURES).items()))
             self._figures: dict[int, dict[str, float]] = dict(known)
             self._manager = ocp.CheckpointManager(
@@ -200,6 +202,7 @@ class Checkpoints:
             raise
         except Exception as error:  # Orbax and its storage layer have many for a file that is damaged
             problem = type(error).__name__
+            files.is_file(self.directory / str(step) / "run" / "metadata")  # tells if it is the network's
         problem = next((other for other in hosts.gather(problem) if other is not None), None)
         return (state, None) if problem is None else (None, problem)
 
@@ -250,16 +253,27 @@ class _Only:
         return [checkpoint.step == chosen for checkpoint in checkpoints]
 
 
-def _read_figures(path: Path) -> dict[int, dict[str, float]]:
+def _unfinished(directory: epath.Path) -> list[epath.Path]:
+    """What saves that were cut short have left."""
+    if not files.remote(directory):
+        return list(directory.glob("*.orbax-checkpoint-tmp*"))
+    steps = (path for path in directory.glob("*") if path.name.isdigit())
+    return [step for step in steps if not ocp.utils.is_checkpoint_finalized(step)]
+
+
+def _read_figures(path: AnyPath) -> dict[int, dict[str, float]]:
+    data = files.read(path) or b"{}"
     try:
-        known = json.loads(path.read_text())
+        known = json.loads(data)
         return {int(step): {name: float(value) for name, value in figures.items()} for step, figures in known.items()}
-    except (FileNotFoundError, ValueError, TypeError, AttributeError):  # absent or damaged: none is known to be best
+    except (ValueError, TypeError, AttributeError):  # damaged: none is known to be best
         return {}
 
 
-def _require_room(directory: Path, arrays: PyTree) -> None:
+def _require_room(directory: AnyPath, arrays: PyTree) -> None:
     """A disk that is too full is told before it is full: a save that fails half way is told in many voices."""
+    if files.remote(directory):
+        return
     needed, free = sum(x.nbytes for x in jax.tree.leaves(arrays)), shutil.disk_usage(directory).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes needed, {free:,} left")
@@ -281,7 +295,7 @@ def _kinds(tree: PyTree) -> dict[str, str]:
 class _saying:
     """Whatever Orbax or its storage layer raises while writing, as one message: a full disk has many faces there."""
 
-    def __init__(self, directory: Path, done: str):
+    def __init__(self, directory: AnyPath, done: str):
         self._directory, self._done = directory, done
 
     def __enter__(self) -> None: ...

@@ -6,16 +6,16 @@ started again repeats the same steps with the same trajectories.
 
 import io
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from mpd_jax import hosts
-from mpd_jax.files import write_atomically
+from mpd_jax.files import AnyPath, write_atomically, written_here
 from mpd_jax.train.ahead import Ahead
 from mpd_jax.train.checkpoint import Checkpoints
 from mpd_jax.train.metrics import Clock, Metrics, Row, summarise
@@ -51,7 +51,7 @@ class Parts:
     grade:          share of the written trajectories that are right, if that can be told cheaply.
     """
 
-    run_dir: Path
+    run_dir: AnyPath
     steps: int
     save_every: int
     eval_every: int
@@ -115,7 +115,7 @@ class _Run:
         self.saved = start  # the step that a start would begin with now
         self.loaded: int | None = None
         self.held: dict[int, tuple[Sequence[Problem], Batch]] = {}
-        self.profiling = False
+        self.profiling, self.trace = False, ExitStack()
         self.ahead: Ahead | None = None
 
     def profile(self, step: int | None) -> None:
@@ -125,11 +125,13 @@ class _Run:
         if wanted and not self.profiling:
             where = self.parts.run_dir / "profile"
             # A trace is named by second and host, and two processes of one host may write theirs in the same second.
-            jax.profiler.start_trace(where if hosts.alone() else where / f"process_{jax.process_index()}")
+            where = where if hosts.alone() else where / f"process_{jax.process_index()}"
+            jax.profiler.start_trace(self.trace.enter_context(written_here(where)))
         elif self.profiling and not wanted:
             if step is not None:
                 self.settle(behind=0)  # the device's work of the last step belongs to it
             jax.profiler.stop_trace()
+            self.trace.close()
         self.profiling = wanted
 
     def trajectories(self, state: RunState, problems: Sequence[Problem]) -> Sequence[Trajectory]:
@@ -275,10 +277,11 @@ class _Run:
         self.parts.clock.take()()
 
     def save(self, state: RunState) -> None:
-        """Only after the flags of all steps so far were read."""
+        """Only after the flags of all steps so far were read, and with their rows where a start finds them."""
         self.settle(behind=0)
         if state.step == self.saved:
             return
+        self.parts.metrics.flush()
         self.parts.clock.begin(state.step - 1, "save")
         self.parts.checkpoints.save(state)
         self.saved = state.step
@@ -301,7 +304,7 @@ def rows_of(batch: Batch | None) -> Row:
     return {"trained": int(first_BR.sum()), "rows": rows, "row_length": length, "padding": round(padding, 6)}
 
 
-def save_batch(path: Path, batch: Batch, problem_ids: Sequence[str]) -> None:
+def save_batch(path: AnyPath, batch: Batch, problem_ids: Sequence[str]) -> None:
     arrays: dict[str, Any] = {name: np.asarray(array) for name, array in batch._asdict().items() if array is not None}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, problem_ids=np.array(problem_ids), **arrays)

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 
 from mpd_jax import files, hosts
+from mpd_jax.files import AnyPath
 from mpd_jax.train.step import POSITION_EDGES, Out
 from mpd_jax.types import Trajectory, UserError
 
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 class PhaseLog:
     """Appends "step phase seconds-since-epoch" to a file, at once, so that a killed run's last phase is known."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         self._lock = Lock()
         self._lines = files.Lines(path)
 
@@ -185,8 +185,8 @@ def spent(row: Row, seconds: Seconds) -> Row:
 class Metrics:
     """metrics.jsonl. Rows of steps that are about to be redone are cut off when it is opened."""
 
-    def __init__(self, run_dir: Path, start_step: int, live: Callable[[Row], None] | None = None):
-        self.path = Path(run_dir) / "metrics.jsonl"
+    def __init__(self, run_dir: AnyPath, start_step: int, live: Callable[[Row], None] | None = None):
+        self.path = run_dir / "metrics.jsonl"
         self._live = live
         self._pending: list[tuple[Row, Out | None, Callable[[], Seconds]]] = []
         hosts.from_main(lambda: self._truncate(start_step))
@@ -209,6 +209,10 @@ class Metrics:
             done.append(row)
         return done
 
+    def flush(self) -> None:
+        """Until the rows are where a start would look for them."""
+        self._lines.flush()
+
     def close(self) -> None:
         self._lines.close()
 
@@ -218,12 +222,11 @@ class Metrics:
         files.write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: AnyPath) -> list[Row]:
     """The rows of a file of JSON lines. A last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    data = files.read(path) or b""
     try:
+        lines = data.decode().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError:
         raise UserError(f"run.dir: {path} is damaged; take the broken line out, or remove the file") from None

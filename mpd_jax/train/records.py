@@ -6,10 +6,10 @@ integers and Python writes floats so that they read back as the same bits. Files
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mpd_jax import files, hosts
+from mpd_jax.files import AnyPath
 from mpd_jax.types import Problem, Trajectory, UserError
 
 
@@ -39,12 +39,12 @@ class Records:
     `settings` stands for whatever else the trajectories depend on; those made under other settings are made again.
     """
 
-    def __init__(self, run_dir: Path, seed: int, settings: str = ""):
-        self.directory = Path(run_dir) / "trajectories"
+    def __init__(self, run_dir: AnyPath, seed: int, settings: str = ""):
+        self.directory = run_dir / "trajectories"
         self._seed = seed
         self._settings = settings
 
-    def path(self, step: int, stage: str = "final") -> Path:
+    def path(self, step: int, stage: str = "final") -> AnyPath:
         suffix = "" if stage == "final" else f".{stage}"
         return self.directory / f"step_{step:06d}{suffix}.jsonl"
 
@@ -71,10 +71,11 @@ class Records:
 
     def _lines(self, step: int, problems: Sequence[Problem], stage: str) -> list[str] | None:
         path = self.path(step, stage)
-        if not path.exists():
+        data = files.read(path)
+        if data is None:
             return None
         try:
-            first, *lines = path.read_text().splitlines()
+            first, *lines = data.decode().splitlines()
             head = json.loads(first)
             trajectories = [from_json(line) for line in lines]
         except (ValueError, LookupError, TypeError):  # damaged: they are made again

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mpd_jax.files import AnyPath
 from mpd_jax.train.metrics import read_rows
 from mpd_jax.train.records import from_json
 from tests.e2e.test_kill import ending, environment, open_phase, phases
@@ -28,7 +29,7 @@ OVERRIDES.append("train.save_every=9")  # only what a signal asks for, and the e
 class Processes:
     """`processes` processes of one run, over eight devices in all."""
 
-    def __init__(self, run_dir: Path, processes: int, cache: Path, *overrides: str, devices: int = 8):
+    def __init__(self, run_dir: AnyPath, processes: int, cache: Path, *overrides: str, devices: int = 8):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -44,7 +45,7 @@ class Processes:
         ]
         each = f"--xla_force_host_platform_device_count={devices // processes}"
         self.run_dir, self._stack = run_dir, ExitStack()
-        self.output = [run_dir.with_name(f"{run_dir.name}.{number}") for number in range(processes)]
+        self.output = [cache.with_name(f"{run_dir.name}.{number}") for number in range(processes)]
         self.all = []
         for number, path in enumerate(self.output):
             flags = ["--coordinator", f"127.0.0.1:{port}", "--processes", processes, "--process-id", number]
@@ -79,7 +80,7 @@ class Processes:
             time.sleep(0.005)
 
 
-def written(run_dir: Path) -> list[list[tuple]]:
+def written(run_dir: AnyPath) -> list[list[tuple]]:
     """Problem and ids of every trajectory, drafts too, step by step."""
     steps = []
     for path in sorted((run_dir / "trajectories").glob("step_*.jsonl")):
@@ -88,12 +89,12 @@ def written(run_dir: Path) -> list[list[tuple]]:
     return steps
 
 
-def losses(run_dir: Path) -> list[float]:
+def losses(run_dir: AnyPath) -> list[float]:
     rows = read_rows(run_dir / "metrics.jsonl")
     return [np.nan if row["loss"] is None else row["loss"] for row in rows]  # None: nothing was left to learn from
 
 
-def assert_alike(run_dir: Path, other: Path) -> None:
+def assert_alike(run_dir: AnyPath, other: AnyPath) -> None:
     assert written(run_dir) == written(other)
     np.testing.assert_allclose(losses(run_dir), losses(other), rtol=1e-5)
     a, b = (json.loads((path / "summary.json").read_text()) for path in (run_dir, other))

@@ -129,6 +129,7 @@ def test_rewriting_on_a_server_that_dies_trains_the_same_student(tmp_path, serve
     assert not list((tmp_path / "served" / "trajectories").glob("unfinished*"))
 
 
+@pytest.mark.slow
 def test_looking_ahead_to_a_server_trains_the_same_student(tmp_path, server, compiled):
     here = trained(tmp_path / "here", compiled, *TEACHER_WRITES)
     dying = Dying(server, at=10)
