@@ -163,10 +163,11 @@ def build(
     say: Say,
     progress: Progress,
     secrets: Secrets = lambda name: None,
+    roles: Roles | None = None,
 ) -> tuple[Run, RunState]:
-    """Everything a run needs, in the order of the module's list."""
+    """Everything a run needs, in the order of the module's list. roles: if they are open already."""
     mesh = make_mesh(config.mesh)
-    roles = open_roles(config)
+    roles = roles or open_roles(config)
     training, heldout = read_problems(config.problems, "train"), read_problems(config.problems, "heldout")
     refuse_overlap(training, heldout)
     require_what_is_read(config.recipe, training)

@@ -254,6 +254,25 @@ def plan(
     raise typer.Exit(0 if result["fits"] else 1)
 
 
+@app.command()
+def doctor(
+    config: Config,
+    overrides: Overrides = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Load no weights: leave out agreement with servers.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check models, tokenizers, prompts, servers, memory and disk of a run; exit code 1 if any of them fails."""
+    from mpd_jax.config import load
+    from mpd_jax.doctor import command
+
+    settings = load(config, overrides or [])
+    _one("doctor")
+    result = command.run(settings, os.environ.get, json=as_json, quick=quick)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    raise typer.Exit(0 if result["ok"] else 1)
+
+
 bench = typer.Typer(no_args_is_help=True, help="Measure: the fused head, the sampler, packing, a server, scoring.")
 app.add_typer(bench, name="bench")
 

@@ -6,6 +6,7 @@ Not here: weights that train (train/state.py), and what a recipe makes of the ro
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,19 +152,10 @@ def assign_roles(config: RunConfig, open_model: Callable[[str, ModelSpec, Contex
 
 def open_roles(config: RunConfig) -> Roles:
     """Step 2: the files of every role that the recipe needs, refused unless they fit together."""
-    recipe, roles = config.recipe, assign_roles(config, open_model)
-    student, teacher, rewriter = roles.student, roles.teacher, roles.rewriter
-    if recipe.rewrite.how == "truncate" and not student.chat.thinks:
-        raise UserError(
-            "recipe.rewrite.how: truncate cuts the thinking span, and the student's template has none "
-            "(student.thinking); set student.thinking=true or rewrite otherwise"
-        )
-    if recipe.target.weights != "none":  # else only text travels
-        if teacher is not None:
-            require_same_prompts(student.chat, teacher.chat, teacher.key)
-            _require_known_end(student, teacher)
-        if rewriter is not None:
-            require_same_vocabulary(student.chat, rewriter.chat, rewriter.key)
+    roles = assign_roles(config, open_model)
+    student = roles.student
+    for _, require in requirements(config, roles):
+        require()
     if student.trained_dtype != "float32":
         log.warning(
             "student.param_dtype = %s: a weight moves only where its update exceeds half a rounding step, 0.2 to "
@@ -171,6 +163,32 @@ def open_roles(config: RunConfig) -> Roles:
             student.param_dtype,
         )
     return roles
+
+
+def requirements(config: RunConfig, roles: Roles) -> list[tuple[str, Callable[[], None]]]:
+    """What has to hold between the files of the roles, in words; each raises UserError where it does not."""
+    recipe, student, teacher, rewriter = config.recipe, roles.student, roles.teacher, roles.rewriter
+    found: list[tuple[str, Callable[[], None]]] = []
+    if recipe.rewrite.how == "truncate":
+        found.append(("student: has a thinking span to cut", lambda: _require_span(student)))
+    if recipe.target.weights == "none":  # only text travels
+        return found
+    if teacher is not None:
+        same = partial(require_same_prompts, student.chat, teacher.chat, teacher.key)
+        found.append((f"{teacher.key}: ids and plain prompt are the student's", same))
+        found.append((f"{teacher.key}: the student knows its end", partial(_require_known_end, student, teacher)))
+    if rewriter is not None and rewriter is not teacher and rewriter is not student:
+        same = partial(require_same_vocabulary, student.chat, rewriter.chat, rewriter.key)
+        found.append((f"{rewriter.key}: ids are the student's", same))
+    return found
+
+
+def _require_span(student: ModelFiles) -> None:
+    if not student.chat.thinks:
+        raise UserError(
+            "recipe.rewrite.how: truncate cuts the thinking span, and the student's template has none "
+            "(student.thinking); set student.thinking=true or rewrite otherwise"
+        )
 
 
 def _require_known_end(student: ModelFiles, teacher: ModelFiles) -> None:

@@ -23,11 +23,13 @@ import jax
 
 from mpd_jax import __version__, build, config, files, hosts
 from mpd_jax.config import RunConfig
+from mpd_jax.doctor import command as doctor
 from mpd_jax.eval import evaluate as evaluation
 from mpd_jax.eval.evaluate import EvalRow
 from mpd_jax.eval.plot import plot_run
 from mpd_jax.files import AnyPath, write_atomically
 from mpd_jax.lock import locked
+from mpd_jax.roles import open_roles
 from mpd_jax.screen import Screen, live_line
 from mpd_jax.serving import Secrets
 from mpd_jax.train import loop
@@ -83,8 +85,16 @@ def train(settings: RunConfig, secrets: Secrets = lambda name: None) -> AnyPath:
     steps = settings.train.steps
     with hosts.stoppable(screen.say), locked(run_dir, screen.say), screen.bar("training", steps) as advance:
         hosts.from_main(lambda: refuse_another_run(run_dir, settings))
+        roles = open_roles(settings)
+        hosts.from_main(lambda: doctor.before_training(settings, roles, secrets, screen.say))
         run, state = build.build(
-            settings, run_dir, lambda row: advance(row["step"] + 1, live_line(row)), screen.say, screen.bar, secrets
+            settings,
+            run_dir,
+            lambda row: advance(row["step"] + 1, live_line(row)),
+            screen.say,
+            screen.bar,
+            secrets,
+            roles=roles,
         )
         with closing(run), telling_what_is_saved(run.parts.checkpoints):
             write_atomically(run_dir / "config.yaml", config.to_yaml(settings))

@@ -17,6 +17,16 @@ Secrets = Callable[[str], str | None]  # the environment, of which only the comm
 MakePush = Callable[[ModelFiles, str | None], Push]  # what brings a model's weights to its servers, and the API key
 
 
+def require_window(key: str, servers: Servers, window: int, max_length: int) -> None:
+    """UserError unless the servers of section `key` take as much as is to be read and written there."""
+    if max_length > window:
+        raise UserError(
+            f"{key}.serve: prompts and responses of {max_length} tokens together exceed the {window} that "
+            f"{', '.join(servers.urls)} takes; raise --max-model-len there, or lower sampling.prompt_tokens, or "
+            "max_tokens in sampling.writer, sampling.rewriter or eval"
+        )
+
+
 class Serving:
     """Makes the samplers of models that are served, once their servers answer.
 
@@ -56,12 +66,7 @@ class Serving:
         if held.key == "student" and held.key not in self._pushes:
             self._pushes[held.key] = self._push(held, self._key)
         window = hosts.from_main(lambda: servers.window)
-        if max_length > window:
-            raise UserError(
-                f"{held.key}.serve: prompts and responses of {max_length} tokens together exceed the {window} that "
-                f"{', '.join(servers.urls)} takes; raise --max-model-len there, or lower sampling.prompt_tokens, or "
-                "max_tokens in sampling.writer, sampling.rewriter or eval"
-            )
+        require_window(held.key, servers, window, max_length)
         self._spills.append(self._run_dir / "trajectories" / f"unfinished.{role}.jsonl")
         return sampler_of(
             held, servers, max_length, self._spills[-1], settings=self._settings, push=self._pushes.get(held.key)
@@ -86,7 +91,12 @@ class Serving:
 
 
 def sampler_of(
-    held: ModelFiles, servers: Servers, max_length: int, spill: Path, settings: str = "", push: Push | None = None
+    held: ModelFiles,
+    servers: Servers,
+    max_length: int,
+    spill: files.AnyPath,
+    settings: str = "",
+    push: Push | None = None,
 ) -> VLLMSampler:
     """A sampler on servers that hold this model; see VLLMSampler."""
     return VLLMSampler(

@@ -117,7 +117,8 @@ class FakeServer:
         self.vocab_size, self.window, self.eos_id, self.model = vocab_size, window, eos_id, model
         self.key, self.version, self.max_logprobs, self.dev, self.lora = key, version, max_logprobs, dev, lora
         self.read_weights, self.read_adapter = read_weights, read_adapter
-        self.tokenize: Callable[[Any], list[int]] = lambda prompt: list(str(prompt).encode())
+        self.tokenize: Callable[[Any], list[int]] | None = None  # of a text, or of messages
+        self.info: dict | None = None  # /server_info?config_format=json
         # Faults of single requests: (number of the completion request, from 0 on; its body) -> one of FAULTS, or None
         self.fault: Callable[[int, dict], str | int | None] = lambda number, body: None
         self.slow_s = 0.2
@@ -186,7 +187,7 @@ class FakeServer:
             "GET /version": lambda: {"version": self.version},
             "GET /v1/models": self._models,
             "POST /v1/completions": lambda: self._completion(body),
-            "POST /tokenize": lambda: self._tokenize(body),
+            **({"POST /tokenize": lambda: self._tokenize(body)} if self.tokenize else {}),
             "GET /load": lambda: {"server_load": self.in_flight},
         }
         adapters: dict[str, Callable[[], Any]] = {
@@ -201,9 +202,7 @@ class FakeServer:
             "POST /reset_prefix_cache": self._reset,
             "POST /update_weight_version": lambda: self._stamp(body),
             "GET /weight_info": lambda: {"weight_version": self.stamped or self.weight_version},
-            "GET /server_info": lambda: {
-                "vllm_config": f"model='{self.model}', device_config={self.device}, max_logprobs={self.max_logprobs}"
-            },
+            "GET /server_info": lambda: {"vllm_config": self._config(query.get("config_format") == ["json"])},
         }
         routes = {**public, **(adapters if self.lora else {}), **(admin if self.dev else {})}
         if name in routes:
@@ -221,7 +220,12 @@ class FakeServer:
         loaded = [{**base, "id": name, "root": "/adapter", "parent": self.model} for name in self.adapters]
         return {"object": "list", "data": [{**base, "max_model_len": self.window}, *loaded]}
 
+    def _config(self, as_json: bool) -> Any:
+        text = f"model='{self.model}', device_config={self.device}, max_logprobs={self.max_logprobs}"
+        return self.info if as_json and self.info is not None else text
+
     def _tokenize(self, body: dict) -> dict:
+        assert self.tokenize is not None
         ids = self.tokenize(body.get("prompt", body.get("messages")))
         return {"count": len(ids), "max_model_len": self.window, "tokens": ids, "token_strs": None}
 

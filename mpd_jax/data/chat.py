@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -20,6 +21,7 @@ from mpd_jax.types import Problem, UserError
 Ids = tuple[int, ...]
 
 DELIMITER = "####"
+MARK = " >>> "  # where two prompts part
 OPEN, CLOSE = "<think>", "</think>"
 _DELIMITER_LINE = re.compile(rf"^[ \t]*({re.escape(DELIMITER)})[ \t]*\r?$", re.MULTILINE)
 _PLACEHOLDER = re.compile(r"\{(question|draft|reference)\}")
@@ -100,7 +102,7 @@ class Chat:
         longest_first = sorted(markup.values(), key=len, reverse=True)
         self._markup = re.compile("|".join(map(re.escape, longest_first))) if markup else None
         self._open_id, self._close_id = self._single_id(OPEN), self._single_id(CLOSE)
-        prompt = self.encode(self._render([_user("Q")]))
+        prompt = self.encode(self._render([user("Q")]))
         # The template itself may open the span (thinking-only models) or close it (enable_thinking=False). One that
         # does neither ignores `thinking`, which then says what the model was made to do.
         self._prompt_opens = self._last(prompt, self._open_id) > self._last(prompt, self._close_id)
@@ -121,7 +123,11 @@ class Chat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, tags included, the final EOS left out."""
-        return self._fast.decode(list(self._without_end(ids)), skip_special_tokens=False)
+        return self.text(self._without_end(ids))
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of ids, every one of them."""
+        return self._fast.decode(list(ids), skip_special_tokens=False)
 
     def neutralise(self, text: str) -> str:
         """The text with a space put into whatever would be encoded as a special token or tag."""
@@ -135,8 +141,11 @@ class Chat:
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        vocab = sorted((i, token) for token, i in self._fast.get_vocab(with_added_tokens=True).items())
-        return hashlib.blake2b(repr(vocab).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(repr(sorted(self.tokens().items())).encode(), digest_size=16).hexdigest()
+
+    def tokens(self) -> dict[int, str]:
+        """The token of every id, as the tokenizer writes it."""
+        return {i: token for token, i in self._fast.get_vocab(with_added_tokens=True).items()}
 
     @property
     def vocab_size(self) -> int:
@@ -151,7 +160,11 @@ class Chat:
     # Prompts
 
     def prompt(self, context: str, problem: Problem, draft: str | None = None) -> Ids:
-        """The ids a model reads before it answers `problem` under `context`, generation prefix included.
+        """The ids a model reads before it answers `problem` under `context`, generation prefix included."""
+        return self.encode(self._render([user(self.message(context, problem, draft))]))
+
+    def message(self, context: str, problem: Problem, draft: str | None = None) -> str:
+        """What the user says in that prompt.
 
         Question, draft and reference are quoted: whatever they spell, no special token comes of it.
         """
@@ -166,7 +179,7 @@ class Chat:
                 )
             return self.neutralise(text)
 
-        return self.encode(self._render([_user(_PLACEHOLDER.sub(fill, getattr(self.contexts, context)))]))
+        return _PLACEHOLDER.sub(fill, getattr(self.contexts, context))
 
     def _reference(self, problem: Problem) -> str | None:
         if problem.response is None:
@@ -272,9 +285,9 @@ class Chat:
         if self.thinks:
             turns.insert(0, {"role": "assistant", "content": f"{OPEN}\n{reasoning}\n{CLOSE}\n\n{answer}"})
             turns.insert(0, {"role": "assistant", "content": answer, "reasoning_content": reasoning})
-        prefix, after = self._render([_user("Q")]), ""
+        prefix, after = self._render([user("Q")]), ""
         for turn in turns:
-            whole = self._render([_user("Q"), turn], generate=False)
+            whole = self._render([user("Q"), turn], generate=False)
             if answer not in whole:
                 continue
             after = after or whole.partition(answer)[2]
@@ -327,6 +340,11 @@ class Chat:
         ids = self.encode(tag)
         return ids[0] if len(ids) == 1 else None
 
+    @property
+    def template(self) -> dict[str, Any]:
+        """What the chat template is told."""
+        return {"enable_thinking": self.thinking, "date_string": _DATE}
+
     @staticmethod
     def _last(ids: Ids, token: int | None) -> int:
         """Where `token` stands last in ids; -1 where it does not."""
@@ -338,8 +356,7 @@ class Chat:
                 messages,
                 tokenize=False,
                 add_generation_prompt=generate,
-                enable_thinking=self.thinking,
-                date_string=_DATE,
+                **self.template,
             )
         except Exception as error:  # a template is a program of the model's: it may raise anything
             raise UserError(
@@ -351,10 +368,13 @@ class Chat:
 def require_same_vocabulary(student: Chat, other: Chat, key: str) -> None:
     """Refuses a model (`key` names its config section) whose ids mean other tokens than the student's."""
     if student.vocab_fingerprint() != other.vocab_fingerprint():
+        ours, theirs = student.tokens(), other.tokens()
+        apart = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+        first = f"first id {apart[0]}: {theirs.get(apart[0])!r}, and {ours.get(apart[0])!r} there"
         raise UserError(
             f"{key}.path: its tokenizer maps ids to other tokens than the student's ({other.vocab_size} against "
-            f"{student.vocab_size} tokens); choose two models of one family, or recipe.target.weights=none, where only "
-            "text travels"
+            f"{student.vocab_size} tokens, {len(apart)} ids differ, {first}); choose two models of one family, or "
+            "recipe.target.weights=none, where only text travels"
         )
 
 
@@ -367,10 +387,24 @@ def require_same_prompts(student: Chat, other: Chat, key: str) -> None:
     probe = Problem("probe", "What is 1+1?")
     ours, theirs = student.prompt("plain", probe), other.prompt("plain", probe)
     if ours != theirs:
+        at = parting(ours, theirs)
         raise UserError(
-            f"{key}.path: its chat template renders the plain prompt as {other.decode(theirs)!r}, the student's as "
-            f"{student.decode(ours)!r}; set student.thinking and {key}.thinking alike, or use models with one template"
+            f"{key}.path: its chat template renders the plain prompt as {marked(other, theirs, at)}, the student's as "
+            f"{marked(student, ours, at)} (they part at {MARK.strip()}); set student.thinking and {key}.thinking "
+            "alike, or use models with one template"
         )
+
+
+def parting(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many ids two sequences share before they part."""
+    return next(
+        (at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(map(len, (ours, theirs)))
+    )
+
+
+def marked(chat: Chat, ids: Sequence[int], at: int) -> str:
+    """The text of ids as a literal, with MARK before the one at `at`."""
+    return f"{chat.text(ids[:at])!r}{MARK}{chat.text(ids[at:])!r}"
 
 
 def check_contexts(contexts: Contexts) -> None:
@@ -386,7 +420,8 @@ def check_contexts(contexts: Contexts) -> None:
             raise UserError(f"recipe.contexts.{field.name}: {text!r} cannot be used; {remedy}")
 
 
-def _user(content: str) -> dict[str, str]:
+def user(content: str) -> dict[str, str]:
+    """A message of the user, as chat templates take it."""
     return {"role": "user", "content": content}
 
 

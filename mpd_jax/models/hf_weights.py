@@ -156,16 +156,21 @@ def load_config(directory: Path | str) -> ModelConfig:
 def eos_ids(directory: Path | str) -> frozenset[int]:
     """The ids that end a response: generation_config.json's, else config.json's."""
     directory = Path(directory)
-    for file in (directory / GENERATION, directory / CONFIG):
-        ids = _json(file).get("eos_token_id") if file.is_file() else None
-        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-        if not all(type(id_) is int and id_ >= 0 for id_ in ids):
-            raise UserError(f"{file}: eos_token_id = {ids} is not allowed; give a token id or a list of them")
-        if ids:
-            return frozenset(ids)
+    for name in (GENERATION, CONFIG):
+        if ids := eos_in(directory / name):
+            return ids
     raise UserError(
         f"{directory}: neither {GENERATION} nor {CONFIG} names an eos_token_id, so no response would end; add it"
     )
+
+
+def eos_in(file: Path) -> frozenset[int]:
+    """The ids that one of the two files names; none where it is not there."""
+    ids = _json(file).get("eos_token_id") if file.is_file() else None
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(id_) is int and id_ >= 0 for id_ in ids):
+        raise UserError(f"{file}: eos_token_id = {ids} is not allowed; give a token id or a list of them")
+    return frozenset(ids)
 
 
 class _Checkpoint:
