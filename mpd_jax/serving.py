@@ -91,7 +91,12 @@ class Serving:
 
 
 def sampler_of(
-    held: ModelFiles, servers: Servers, max_length: int, spill: Path, settings: str = "", push: Push | None = None
+    held: ModelFiles,
+    servers: Servers,
+    max_length: int,
+    spill: files.AnyPath,
+    settings: str = "",
+    push: Push | None = None,
 ) -> VLLMSampler:
     """A sampler on servers that hold this model; see VLLMSampler."""
     return VLLMSampler(
