@@ -20,10 +20,10 @@ from mpd_jax.sampling.proof import TOLERANCE, judge
 from mpd_jax.sampling.sampler import Request, SamplingConfig
 from mpd_jax.sampling.scorer import Scorer
 from mpd_jax.sampling.servers import ServerError, Servers, Unreachable
-from mpd_jax.sampling.vllm_client import PATH, VLLMSampler
+from mpd_jax.sampling.vllm_client import PATH
 from mpd_jax.sampling.ways import choose
 from mpd_jax.sampling.wire import LOOK_S
-from mpd_jax.serving import require_window
+from mpd_jax.serving import require_window, sampler_of
 from mpd_jax.types import UserError
 
 DRAWN = 16  # tokens of a trial response
@@ -136,14 +136,7 @@ class Inspected:
         held, what = self.asked.held, f"{self.name}: responses"
         seeded = self.config.sampling.server.seed == "request"
         with tempfile.TemporaryDirectory() as place:
-            sampler = VLLMSampler(
-                server,
-                eos_ids=held.eos_ids,
-                vocab_size=held.chat.vocab_size,
-                padding=held.model.config.vocab_size - held.chat.vocab_size,
-                max_length=server.window,
-                spill=Path(place) / "drawn.jsonl",
-            )
+            sampler = sampler_of(held, server, server.window, Path(place) / "drawn.jsonl")
             sampler.load(None, 0)
             request = Request(held.chat.prompt("plain", PROBE), (1, 2))
             try:
