@@ -86,7 +86,7 @@ def train(settings: RunConfig, secrets: Secrets = lambda name: None) -> AnyPath:
     with hosts.stoppable(screen.say), locked(run_dir, screen.say), screen.bar("training", steps) as advance:
         hosts.from_main(lambda: refuse_another_run(run_dir, settings))
         roles = open_roles(settings)
-        hosts.from_main(lambda: doctor.before_training(settings, roles, secrets, screen.say))
+        doctor.before_training(settings, roles, secrets, screen.say)
         run, state = build.build(
             settings,
             run_dir,

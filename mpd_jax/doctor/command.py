@@ -10,6 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 from rich.console import Console
 
+from mpd_jax import hosts
 from mpd_jax.config import RunConfig
 from mpd_jax.doctor import machine, models
 from mpd_jax.doctor.rows import Row, as_json, failed, sound, table
@@ -46,11 +47,14 @@ def examine(config: RunConfig, secrets: Secrets, screen: Screen, *, quick: bool)
 
 
 def before_training(config: RunConfig, roles: Roles, secrets: Secrets, say: Callable[[str], None]) -> None:
-    """The quick part, on process 0: warnings are said, and a failure is a UserError. Servers that do not answer yet
-    are no failure: a run waits for them."""
+    """The quick part: warnings are said, and a failure is a UserError. Servers that do not answer yet are no failure: a
+    run waits for them. Every process calls it, for they find each other's devices together; process 0 looks."""
     mesh = make_mesh(config.mesh)
-    found = machine.rows(config, roles, mesh)
-    found += served(config, roles, mesh, secrets)
+    hosts.from_main(lambda: _before_training(config, roles, mesh, secrets, say))
+
+
+def _before_training(config: RunConfig, roles: Roles, mesh: Mesh, secrets: Secrets, say: Callable[[str], None]) -> None:
+    found = machine.rows(config, roles, mesh) + served(config, roles, mesh, secrets)
     wrong = [row for row in found if row.verdict == "FAIL" and not row.silent]
     for row in found:
         if row.verdict == "warn":
