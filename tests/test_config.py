@@ -160,3 +160,13 @@ def test_a_value_that_yaml_cannot_make_is_refused(text, tmp_path):
     (tmp_path / "odd.yaml").write_text(f"run: {{dir: {text}}}")
     with pytest.raises(UserError, match=r"odd\.yaml"):
         config.load(tmp_path / "odd.yaml")
+
+
+def test_a_served_student_of_a_run_in_a_bucket_needs_a_place_that_its_servers_read():
+    bucket = ["run.dir=gs://bucket/run", "student.serve=http://host:8000"]
+    with pytest.raises(
+        UserError, match=r"sampling\.push\.directory: missing; servers cannot read gs://bucket/run/served"
+    ):
+        config.load(QUICKSTART, bucket)
+    assert config.load(QUICKSTART, [*bucket, "sampling.push.directory=/shared"]).student.servers
+    assert config.load(QUICKSTART, [*bucket[:1], "teacher.serve=http://host:8000"]).teacher.servers

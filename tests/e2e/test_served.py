@@ -135,6 +135,37 @@ def test_rewriting_on_a_server_that_dies_trains_the_same_student(tmp_path, serve
     assert not list((tmp_path / "served" / "trajectories").glob("unfinished*"))
 
 
+def student_in(directory: str):
+    """The logprobs of every position by the weights in a directory, as a server that reads it would answer them."""
+    mesh, model = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), Model(load_config(directory))
+    weights = load_weights(directory, model, mesh)
+    all_BTV = jax.jit(lambda tokens_BT: jax.nn.log_softmax(model.logits(weights, tokens_BT)))
+
+    @cache
+    def all_TV(ids):
+        tokens = np.zeros((1, -(-len(ids) // 64) * 64), np.int32)
+        tokens[0, : len(ids)] = ids
+        return np.asarray(all_BTV(tokens)[0, : len(ids)], np.float64)
+
+    return lambda ids: all_TV(tuple(ids))
+
+
+def test_a_served_student_writes_with_the_weights_of_its_step_and_every_push_is_on_disk(tmp_path, compiled):
+    written = ["sampling.writer={temperature: 0.0, max_tokens: 32}"]
+    here = trained(tmp_path / "here", compiled, *written)
+    start = student_in(str(TINY / "student"))
+    with FakeServer(start, vocab_size=512, window=WINDOW, eos_id=END, read_weights=student_in) as server:
+        served = trained(tmp_path / "served", compiled, *written, f"student.serve={server.url}")
+    assert served[:2] == here[:2] and served[2]["after"] == here[2]["after"]
+    pushes = read_rows(tmp_path / "served" / "pushes.jsonl")
+    assert [(push["version"], push["way"], push["verdict"]) for push in pushes] == [
+        (0, "reload", "agrees"),
+        (1, "reload", "verified"),
+        (2, "reload", "verified"),
+    ]
+    assert {t.version for t in served[0]} == {0, 1}
+
+
 @pytest.mark.slow
 def test_looking_ahead_to_a_server_trains_the_same_student(tmp_path, server, compiled):
     here = trained(tmp_path / "here", compiled, *TEACHER_WRITES)
