@@ -61,7 +61,7 @@ def _refused(path: AnyPath, why: str, remedy: str) -> UserError:
 def _reading(path: AnyPath) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # as in `writing`
         if not remote(path) or isinstance(error, FileNotFoundError):
             raise
         raise UserError(
