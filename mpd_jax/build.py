@@ -136,6 +136,7 @@ def _push(
     training: Sequence[Problem],
     stack: ExitStack,
     say: Say,
+    distrust: Callable[[int], None],
     student: ModelFiles,
     key: str | None,
 ) -> WeightPush:
@@ -153,6 +154,7 @@ def _push(
         seed=config.run.seed,
         say=say,
         note=lambda report: lines.add(json.dumps(dataclasses.asdict(report))),
+        distrust=distrust,
     )
 
 
@@ -193,7 +195,15 @@ def build(
         metrics, clock = Metrics(run_dir, state.step, live), Clock(phases)
         stack.callback(metrics.close)
         stack.callback(clock.close)
-        push = partial(_push, config, mesh, whole, run_dir, training, stack, say)
+        records = Records(run_dir, config.run.seed, settings)
+
+        def distrust(version: int) -> None:
+            """What was sampled with later versions is sampled again."""
+            if version >= 0:
+                records.forget_after(version)
+            serving.forget()
+
+        push = partial(_push, config, mesh, whole, run_dir, training, stack, say, distrust)
         serving = Serving(config, run_dir, settings, secrets=secrets, say=say, progress=progress, push=push)
         score = scoring(config, roles, serving.servers, progress)
         teacher = roles.teacher_here(config.recipe)
@@ -215,7 +225,7 @@ def build(
             update=_update(config, roles, mesh, base, whole),
             load_student=samplers.load_student if samplers.follows else lambda weights, version: None,
             checkpoints=checkpoints,
-            records=Records(run_dir, config.run.seed, settings),
+            records=records,
             metrics=metrics,
             clock=clock,
             score=score,

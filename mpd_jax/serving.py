@@ -84,7 +84,8 @@ class Serving:
                 advance(0)
                 hosts.check()
 
-            servers.wait_until_ready(tick)
+            # The student is proved by its first push, and a push that was cut short has left its servers paused.
+            servers.wait_until_ready(tick, trial=key != "student")
             advance(1)
         says = f"{servers.model!r}, prompts and responses of {servers.window} tokens, vLLM {servers.version}"
         self._say(f"{key}: served by {', '.join(servers.urls)} ({says})")

@@ -1,5 +1,6 @@
 """From `serve` in a config to samplers: who is waited for, what is refused before anything is sampled, whose key."""
 
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from mpd_jax import config
 from mpd_jax.roles import Roles, open_model
 from mpd_jax.samplers import load_frozen, make_samplers
 from mpd_jax.sampling.sampler import Request, SamplingConfig
+from mpd_jax.sampling.servers import ServerConfig, Servers
 from mpd_jax.sampling.vllm_client import VLLMSampler
 from mpd_jax.serving import Serving
 from mpd_jax.sharding import MeshConfig, make_mesh
@@ -103,6 +105,33 @@ class Starting(list):
         if not self:
             self.server.start()
         super().append(message)
+
+
+def test_a_paused_server_is_told_unless_a_push_will_resume_it(tmp_path, server):
+    server.paused = "keep"
+    at = [f"student.serve={server.url}", f"teacher.serve={server.url}", "sampling.server.timeout_s=0.1"]
+    settings, made = serving(tmp_path, *at, push=Pushed)
+    made.sampler(role("student", settings), "student", 200)
+    with pytest.raises(UserError, match=f"{server.url}: it is paused"):
+        made.sampler(role("teacher", settings), "writer", 200)
+    assert not server.bodies(), "it would answer none"
+
+
+def test_a_server_that_is_being_admitted_holds_up_nobody(tmp_path, server):
+    over, late = threading.Event(), []
+    with FakeServer(model="held") as other:
+        servers = Servers([server.url, other.url], ServerConfig())
+
+        def admit(url):
+            if url == other.url:
+                over.wait(5)
+                late.append(url)
+
+        servers.admit = admit
+        answers = []
+        servers.ask("/v1/completions", [{"prompt": [1], "max_tokens": 1}] * 3, lambda i, answer: answers.append(i))
+        assert len(answers) == 3 and not late
+        over.set()
 
 
 def test_a_wait_without_end_ends_with_patience(tmp_path, server):

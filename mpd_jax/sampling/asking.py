@@ -11,7 +11,7 @@ import random
 import resource
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
@@ -63,7 +63,7 @@ class Round:
         bodies: Sequence[dict],
         take: Callable[[int, dict], None],
         tick: Callable[[], None] | None,
-        admit: Callable[[str], None] | None,
+        admit: Callable[[str], Awaitable[None]] | None,
         say: Callable[[str], None],
         sizes: Sequence[int] | None = None,
     ):
@@ -252,7 +252,7 @@ class Round:
                 if whole:
                     await self.wire.look(server.client, server.url)
                     if self.admit is not None:
-                        await asyncio.to_thread(self.admit, server.url)
+                        await self.admit(server.url)
                 else:
                     await self.wire.healthy(server.client, server.url)
             except Unreachable as away:

@@ -84,7 +84,10 @@ class Probe:
         found: dict[int, list[float]] = {}
 
         def take(chunk: int, answer: dict) -> None:
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            try:
+                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            except (KeyError, TypeError):
+                raise _unusable(server, f"{str(answer)[:80]!r}, which holds no choices") from None
             if len(choices) != len(chunks[chunk]):
                 raise _unusable(server, f"{len(choices)} answers to {len(chunks[chunk])} prompts")
             for number, (ids, choice) in enumerate(zip(chunks[chunk], choices, strict=True)):

@@ -7,8 +7,11 @@ alone speaks HTTP, and the callers see to it.
 import asyncio
 import logging
 import re
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -84,12 +87,16 @@ class Servers:
 
         return asyncio.run(all_of_them())
 
-    def wait_until_ready(self, progress: Callable[[], None] | None = None) -> None:
-        """Until one of them has answered a request, for `patience_s` at most. `progress` is called meanwhile."""
+    def wait_until_ready(self, progress: Callable[[], None] | None = None, *, trial: bool = True) -> None:
+        """Until one of them has answered a request, or without `trial` says what it holds, for `patience_s` at most.
+        `progress` is called meanwhile. ServerError where one is paused, which would not answer before it is resumed."""
         began, said = time.monotonic(), False
         while True:
             try:
                 facts = self.facts()
+                if not trial:
+                    return
+                self._require_awake()
                 probe = {"model": facts.model, "prompt": [0], "max_tokens": 1, "temperature": 0.0}
                 self.ask("/v1/completions", [probe], lambda i, answer: None, tick=progress)
                 return
@@ -121,7 +128,8 @@ class Servers:
         sizes: of each request, in tokens; those in flight at a server come to `score_tokens` at most, or are one.
         """
         if bodies:
-            asyncio.run(Round(self._wire, self.urls, path, bodies, take, tick, self.admit, self.say, sizes).run())
+            admit = None if self.admit is None else partial(_aside, self.admit)
+            asyncio.run(Round(self._wire, self.urls, path, bodies, take, tick, admit, self.say, sizes).run())
 
     def every(
         self,
@@ -136,8 +144,8 @@ class Servers:
     ) -> list[Any]:
         """The same administrative call to every server (or to `urls`), at once; their answers in order, JSON or text.
 
-        Only a server that takes no connection is tried again, for `patience_s` (the config's, unless given; what
-        `admit` calls has none, for `ask` does not end before it): no call is made twice.
+        Only a server that takes no connection is tried again, for `patience_s` (the config's, unless given): no call is
+        made twice.
         """
         patience = self.config.patience_s if patience_s is None else patience_s
 
@@ -148,7 +156,8 @@ class Servers:
                     try:
                         return await self._wire.call(client, url, method, path, body, timeout_s=timeout_s, ok=ok)
                     except Unreachable as error:
-                        if not isinstance(error.__cause__, httpx2.ConnectError) or time.monotonic() > deadline:
+                        refused = isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout)
+                        if not refused or time.monotonic() > deadline:
                             raise
                     await asyncio.sleep(0.5)
 
@@ -160,6 +169,16 @@ class Servers:
             if isinstance(answer, BaseException):
                 raise answer
         return answers
+
+    def _require_awake(self) -> None:
+        urls = [url for url, up in zip(self.urls, self.alive(), strict=True) if up]
+        answers = self.every("GET", "/is_paused", ok=range(600), urls=urls, patience_s=0.0) if urls else []
+        for url, answer in zip(urls, answers, strict=True):
+            if isinstance(answer, dict) and answer.get("is_paused") is True:
+                raise ServerError(
+                    f"{url}: it is paused, and answers no request: resume it (POST /resume) or start it again, then "
+                    "run the same command again"
+                )
 
     async def _look_at_all(self) -> Facts:
         async def one(url: str) -> Facts:
@@ -179,6 +198,21 @@ class Servers:
         first = known[0][1]
         self._wire.model = first.model
         return Facts(first.model, min(facts.window for _, facts in known), first.version)
+
+
+def _aside(call: Callable[[str], None], url: str) -> Awaitable[None]:
+    """The call in a thread that nobody waits for once the answer is not wanted any more, as asyncio's own would be."""
+    done: Future[None] = Future()
+    done.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            done.set_result(call(url))
+        except BaseException as error:  # the one who awaits it hears
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return asyncio.wrap_future(done)
 
 
 def _checked(urls: Sequence[str]) -> tuple[str, ...]:

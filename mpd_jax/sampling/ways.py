@@ -29,7 +29,7 @@ class PushConfig:
 
     way: reload, all weights through /collective_rpc (servers started with VLLM_SERVER_DEV_MODE=1); adapter, where one
     trains and servers load adapters while they run (--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1); restart;
-    auto takes the first of adapter, reload and restart that all servers have.
+    auto takes the first of adapter, reload and restart that all servers have, and restart where a reload is not possible.
     directory: where the weights are put, for the servers to read: run.dir/served unless given. Servers on other hosts
     need it on a disk that they share with process 0, or a gs:// address that is mounted there.
     seen_as: the same directory under the servers' name for it.
@@ -59,6 +59,10 @@ class PushConfig:
             raise UserError(
                 f"directory: servers read {self.directory} through a mount; set sampling.push.seen_as to its path there"
             )
+
+
+class NoReload(ServerError):
+    """A server that has the route, and a worker that cannot reload weights. It is as it was."""
 
 
 class Way(Protocol):
@@ -105,7 +109,7 @@ class _Whole:
 
 class Reload(_Whole):
     """Paused, reloaded, its prefix cache emptied, stamped, resumed. A failed reload leaves half of the old weights, and
-    the next request would kill the server: it stays paused."""
+    the next request would kill the server: it stays paused, until a push has come through."""
 
     kind = "reload"
 
@@ -124,10 +128,16 @@ class Reload(_Whole):
         except Unreachable:
             raise
         except ServerError as error:
-            raise ServerError(f"{error}; {_reload_remedy(str(error), server, directory)}") from None
+            if re.search(NO_RELOAD, str(error)):
+                _resume(server)
+                raise NoReload(f"{error}; it cannot reload (servers on TPUs cannot)") from None
+            raise ServerError(
+                f"{error}; {_unseen_remedy(directory)}. It is left paused, for its weights are half replaced and a "
+                "request would kill it: start it again, then run the same command again"
+            ) from None
         _reset(server)
         _stamp(server, name)
-        server.every("POST", "/resume", ok=(200, 404))
+        _resume(server)
 
 
 class Adapter:
@@ -144,6 +154,7 @@ class Adapter:
             self._unload(server, name)
             if _has(server, "/reset_prefix_cache"):
                 _reset(server)
+        _resume(server)  # a run whose way was another one may have left it paused
         body = {"lora_name": name, "lora_path": directory}
         try:
             _when_seen(lambda: server.every("POST", "/v1/load_lora_adapter", body, timeout_s=self.timeout_s))
@@ -172,18 +183,18 @@ class Restart(_Whole):
 
     kind = "restart"
 
-    def __init__(self, command: str | None, say: Say):
-        self.command, self.say = command, say
+    def __init__(self, command: str | None, say: Say, patience_s: float):
+        self.command, self.say, self.patience_s = command, say, patience_s
 
     def put(self, server: Servers, name: str, directory: str) -> None:
-        url, patience_s = server.urls[0], server.config.patience_s
+        url, patience_s = server.urls[0], self.patience_s
         if self.command is None:
             self.say(
                 f"{url} has to be started again with the new weights, within {patience_s:.0f} s: "
                 f"vllm serve {shlex.quote(directory)} --served-model-name {shlex.quote(server.model)} ... "
                 "(sampling.push.restart can do it)"
             )
-            self._wait(server, lambda: True, patience_s)
+            self._wait(server, lambda: True)
         else:
             command = self.command.replace("{directory}", shlex.quote(directory)).replace("{url}", shlex.quote(url))
             with tempfile.TemporaryFile() as output:
@@ -202,12 +213,12 @@ class Restart(_Whole):
                         )
                     return code == 0
 
-                self._wait(server, ended, patience_s)
+                self._wait(server, ended)
         if _has(server, "/update_weight_version"):
             _stamp(server, name)
 
-    def _wait(self, server: Servers, ended: Callable[[], bool], patience_s: float) -> None:
-        went, deadline = False, time.monotonic() + patience_s
+    def _wait(self, server: Servers, ended: Callable[[], bool]) -> None:
+        went, deadline = False, time.monotonic() + self.patience_s
         while True:
             up = server.alive()[0]
             went |= not up
@@ -216,8 +227,8 @@ class Restart(_Whole):
             if time.monotonic() > deadline:
                 so_far = "it went and has not come back" if went else "it has not gone away"
                 raise UserError(
-                    f"{server.urls[0]}: {so_far} within {patience_s:.0f} s of its restart; look into the server's log, "
-                    "mend sampling.push.restart, or raise sampling.server.patience_s"
+                    f"{server.urls[0]}: {so_far} within {self.patience_s:.0f} s of its restart; look into the server's "
+                    "log, mend sampling.push.restart, or raise sampling.server.patience_s"
                 )
             time.sleep(POLL_S)
 
@@ -249,15 +260,15 @@ def choose(config: PushConfig, servers: Servers, *, adapts: bool, experts: bool)
     raise _no_way(servers, "auto", "/collective_rpc")
 
 
-def way_of(kind: str, config: PushConfig, say: Say) -> Way:
-    """The way of this kind."""
+def way_of(kind: str, config: PushConfig, say: Say, patience_s: float) -> Way:
+    """The way of this kind. patience_s: for a server that restarts."""
     match kind:
         case "reload":
             return Reload(config.timeout_s)
         case "adapter":
             return Adapter(config.timeout_s)
         case "restart":
-            return Restart(config.restart, say)
+            return Restart(config.restart, say, patience_s)
     raise AssertionError(kind)
 
 
@@ -284,6 +295,10 @@ def _on_cpu(servers: Servers) -> bool:
 def _adapters(server: Servers) -> list[str]:
     """The names of its adapters."""
     return [entry["id"] for entry in server.every("GET", "/v1/models")[0]["data"] if entry.get("parent") is not None]
+
+
+def _resume(server: Servers) -> None:
+    server.every("POST", "/resume", ok=(200, 404))
 
 
 def _reset(server: Servers) -> None:
@@ -316,6 +331,7 @@ def _stamp(server: Servers, name: str) -> None:
         )
 
 
+NO_RELOAD = r"no attribute 'reload_weights'|'reload_weights' is not implemented"
 UNSEEN = r"No such file|No adapter found|does not exist|not a directory|Cannot find"
 
 
@@ -336,16 +352,4 @@ def _unseen_remedy(directory: str) -> str:
     return (
         f"if it does not see {directory}, set sampling.push.directory to a place on a disk that it shares with process "
         "0, and sampling.push.seen_as to its name for it"
-    )
-
-
-def _reload_remedy(said: str, server: Servers, directory: str) -> str:
-    if "no attribute" in said:
-        return (
-            "it cannot reload (servers on TPUs cannot): train an adapter (student.lora), set sampling.push.restart, or "
-            "serve the student by jax"
-        )
-    return (
-        f"{_unseen_remedy(directory)}. It is left paused, for its weights are half replaced and a request would kill "
-        "it: start it again, then run the same command again"
     )

@@ -208,16 +208,15 @@ class _Run:
 
     def update(self, state: RunState, problems: Sequence[Problem], batch: Batch | None) -> tuple[RunState, Out | None]:
         parts, step = self.parts, state.step
-        memory = {**state.memory, "served_version": step}
         if batch is None or not np.any(np.asarray(batch.weight_BR) > 0):
-            memory["skipped_updates"] = memory.get("skipped_updates", 0) + 1
+            memory = {**state.memory, "skipped_updates": state.memory.get("skipped_updates", 0) + 1}
             return state._replace(step=step + 1, memory=memory), None
         self.held = {number: held for number, held in self.held.items() if number >= step - 1}
         self.held[step] = (problems, batch)
         target_weights = parts.teacher_weights if state.self_weights is None else state.self_weights
         trained, out = parts.update(Trained(state.weights, state.opt_state), target_weights, batch)
         parts.clock.watch(out)
-        return state._replace(**trained._asdict(), step=step + 1, memory=memory), out
+        return state._replace(**trained._asdict(), step=step + 1), out
 
     def refresh(self, state: RunState) -> RunState:
         if state.self_weights is None or self.parts.refresh is None:

@@ -122,7 +122,7 @@ class RunState(NamedTuple):
 
     weights: what trains, all of the student's or an adapter; frozen weights are no part of the state.
 
-    memory: small named numbers that belong to the run (rollbacks, served_version, skipped_updates, ...).
+    memory: small named numbers that belong to the run (rollbacks, skipped_updates, ...).
     """
 
     weights: PyTree
@@ -133,7 +133,7 @@ class RunState(NamedTuple):
     memory: dict[str, int | float]
 
 
-NEW_MEMORY = {"rollbacks": 0, "served_version": -1, "skipped_updates": 0}
+NEW_MEMORY = {"rollbacks": 0, "skipped_updates": 0}
 
 
 def init_opt_state(tx: optax.GradientTransformation, weights: PyTree) -> PyTree:

@@ -32,7 +32,7 @@ mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 places = tree_shardings(mesh, model.logical_axes(), model.abstract(), "train")
 def placed(tree):
     return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]), tree, places)
-push = WeightPush(Student(Path(directory), model, None, (url,)), lambda t: t, mesh, run_dir, [],
+push = WeightPush(Student(Path(directory), model, None, (url,)), lambda t: t, mesh, Path(run_dir), [],
                   server=ServerConfig(patience_s=5.0), key=None, config=PushConfig(), seed=0, say=print)
 weights = random_weights(model, 0)
 try:
