@@ -240,9 +240,10 @@ def test_an_adapter_is_merged_where_servers_load_none(bench):
 
 def restarted(b: Bench, asked: Path | None):
     """Somebody, or a command that names the directory in a file, starts the server again."""
+    b.push._all.config.__dict__["patience_s"] = 60.0  # it is compiled meanwhile
 
     def watch():
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not (asked.exists() if asked else any("again with" in s for s in b.said)):
             time.sleep(0.01)
         path = asked.read_text().strip() if asked else str(next(b.files.iterdir()))

@@ -29,7 +29,7 @@ class PushConfig:
 
     way: reload, all weights through /collective_rpc (servers started with VLLM_SERVER_DEV_MODE=1); adapter, where one
     trains and servers load adapters while they run (--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1); restart;
-    auto takes the first of adapter, reload and restart that all servers have, and restart where a reload is not possible.
+    auto takes the first of adapter, reload and restart that all servers have; restart where reloads fail for good.
     directory: where the weights are put, for the servers to read: run.dir/served unless given. Servers on other hosts
     need it on a disk that they share with process 0, or a gs:// address that is mounted there.
     seen_as: the same directory under the servers' name for it.
