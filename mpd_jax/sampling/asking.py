@@ -21,6 +21,7 @@ from mpd_jax.types import UserError
 
 TICK_S = 0.5
 WATCH_S = 5.0  # between two looks at a server that works; twice away and it is
+SLOW_MISS = 0.25  # what a look without an answer in time counts: a busy server may miss some, not eight in a row
 RETURN_S = 1.0  # between two looks at a server that is away
 FIRST_S = 1.0  # for the first look at all of them
 BACKOFF_S = (0.1, 20.0)  # before a request is asked again: at first, and at most
@@ -47,7 +48,7 @@ class _Server:
         self.up = False
         self.flying: dict[asyncio.Task, tuple[int, float]] = {}  # request and when it was sent
         self.look = asyncio.Event()
-        self.faults = self.misses = 0
+        self.faults, self.misses = 0, 0.0
         self.away = "it has not been looked at"
         self.looked = self.said = False
 
@@ -123,7 +124,7 @@ class Round:
         assert task is not None
         try:
             outcome: Any = await self._post(server, self.bodies[index])
-        except (Fault, ServerError) as error:
+        except Exception as error:  # raised by the loop: a task that dies in silence would be waited for
             outcome = error
         self.events.put_nowait(partial(self._landed, server, task, index, outcome))
 
@@ -144,10 +145,12 @@ class Round:
             raise refusal
         try:
             answer = json.loads(text)
-            choices = answer.get("choices") or ()
-        except (ValueError, AttributeError):
+            aborted = any(choice.get("finish_reason") == "abort" for choice in answer.get("choices") or ())
+        except ValueError:
             raise Fault("garbled", f"{server.url}{self.path}: no JSON, but {text[-80:]!r} at its end") from None
-        if any(choice.get("finish_reason") == "abort" for choice in choices):
+        except (AttributeError, TypeError):
+            raise Fault("garbled", f"{server.url}{self.path}: no completion, but {text[:80]!r}") from None
+        if aborted:
             raise Fault("busy", f"{server.url}{self.path}: the server has aborted the request (finish_reason abort)")
         if isinstance(answer.get("error"), dict | str):
             raise Fault("failed", f"{server.url}{self.path}: the server answers 200 and an error: {words(text)}")
@@ -171,8 +174,7 @@ class Round:
             server.faults += 1
             server.misses += outcome.kind == "lost"
         server.look.set()
-        low, high = BACKOFF_S
-        delay = min(high, low * 2 ** self.faults[index].total()) * random.uniform(0.5, 1.0)
+        delay = _backoff(self.faults[index].total()) * random.uniform(0.5, 1.0)
         asyncio.get_running_loop().call_later(delay, self.events.put_nowait, partial(self.pending.append, index))
 
     def _count(self, index: int, fault: Fault) -> None:
@@ -198,12 +200,10 @@ class Round:
                     self.say(f"{server.url} is back")
                     server.said = False
             return
-        if error.slow and server.up:
-            return  # busy with its work; the time for a response bounds that
         server.away = str(error)
-        if not error.slow:
-            server.misses += 1
-        if server.misses >= 2 or not server.flying:
+        server.misses += SLOW_MISS if error.slow else 1
+        at_work = server.flying or (error.slow and server.up)
+        if server.misses >= 2 or not at_work:
             server.up = False
             self._take_over(server)
 
@@ -275,6 +275,12 @@ class Round:
 
 def _raise(error: BaseException) -> None:
     raise error
+
+
+def _backoff(times: int) -> float:
+    """Seconds, doubled up to the most with every time; "busy" has no bound, and a float has one."""
+    low, high = BACKOFF_S
+    return min(high, low * 2 ** min(times, 30))
 
 
 def _remedy(kind: str) -> str:
