@@ -135,7 +135,9 @@ def test_no_seed_is_sent_where_servers_refuse_them(tmp_path):
         assert all(body["seed"] is None for body in server.bodies())
 
 
-@pytest.mark.parametrize("fault", ["drop", "half", "truncated", "html", "no completion", "abort", "slow", 500, 503, 429])
+@pytest.mark.parametrize(
+    "fault", ["drop", "half", "truncated", "html", "no completion", "abort", "slow", 500, 503, 429]
+)
 def test_what_time_heals_leaves_no_trace(tmp_path, expected, fault):
     with fake() as server:
         server.slow_s = 0.05
@@ -169,7 +171,10 @@ def test_what_cannot_be_believed_ends_the_call_with_its_own_words(tmp_path, faul
         ("half", "failed 3 times.*the connection ended before the answer did.*look into the server's log"),
         ("truncated", "failed 2 times.*no JSON, but .* at its end; look at what stands between"),
         ("html", "failed 2 times.*no JSON, but .*</html>"),
-        ("no completion", r"failed 2 times.*no completion, but '\{\"choices\": \[null\]\}'; look at what stands between"),
+        (
+            "no completion",
+            r"failed 2 times.*no completion, but '\{\"choices\": \[null\]\}'; look at what stands between",
+        ),
         ("hang", "failed 2 times.*no answer within 0.2 s; raise sampling.server.timeout_s"),
         (500, "failed 3 times.*answers 500: EngineCore encountered an issue.*look into the server's log"),
         (429, "answers 429: Too many requests.*, for 0.5 s; lower sampling.server.concurrency"),

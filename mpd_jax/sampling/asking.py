@@ -43,8 +43,8 @@ class Fault(Exception):
 class _Server:
     """A server, as this call knows it."""
 
-    def __init__(self, url: str, client: Any):
-        self.url, self.client = url, client
+    def __init__(self, url: str, client: Any, tokens: int):
+        self.url, self.client, self.tokens = url, client, tokens  # tokens: in flight at most, where sizes are known
         self.up = False
         self.flying: dict[asyncio.Task, tuple[int, float]] = {}  # request and when it was sent
         self.look = asyncio.Event()
@@ -82,7 +82,9 @@ class Round:
         _allow_files(self.config.concurrency * len(self.urls) + SPARE_FILES)
         self.events: asyncio.Queue[Callable[[], None]] = asyncio.Queue()
         async with AsyncExitStack() as stack:
-            self.all = [_Server(url, await stack.enter_async_context(self.wire.client())) for url in self.urls]
+            clients = [await stack.enter_async_context(self.wire.client()) for _ in self.urls]
+            tokens = self.config.score_tokens
+            self.all = [_Server(url, client, tokens) for url, client in zip(self.urls, clients, strict=True)]
             try:
                 for server in self.all:
                     self._start(self._watch(server))
@@ -117,7 +119,7 @@ class Round:
         if not server.flying or self.sizes is None:
             return len(server.flying) < self.config.concurrency
         tokens = self.sizes[index] + sum(self.sizes[other] for other, _ in server.flying.values())
-        return len(server.flying) < self.config.concurrency and tokens <= self.config.score_tokens
+        return len(server.flying) < self.config.concurrency and tokens <= server.tokens
 
     async def _fly(self, server: _Server, index: int) -> None:
         task = asyncio.current_task()
@@ -170,12 +172,22 @@ class Round:
             raise outcome
         self._count(index, outcome)
         if outcome.kind in ("lost", "failed"):
+            if server.up and self.sizes is not None:
+                self._ask_less(server, outcome)
             server.up, server.away = False, str(outcome)
             server.faults += 1
             server.misses += outcome.kind == "lost"
         server.look.set()
         delay = _backoff(self.faults[index].total()) * random.uniform(0.5, 1.0)
         asyncio.get_running_loop().call_later(delay, self.events.put_nowait, partial(self.pending.append, index))
+
+    def _ask_less(self, server: _Server, fault: Fault) -> None:
+        """It may have run out of memory: what it reads at once is halved, for the rest of this call."""
+        server.tokens = max(1, server.tokens // 2)
+        self.say(
+            f"{fault}; {server.tokens:,} tokens are asked of it at once from now on. If it runs out of memory, lower "
+            "sampling.server.score_tokens, or --max-num-batched-tokens and --gpu-memory-utilization there"
+        )
 
     def _count(self, index: int, fault: Fault) -> None:
         """Raises what a request fails with in the end."""
