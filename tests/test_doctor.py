@@ -27,7 +27,7 @@ ROOM = 64  # tokens; the teacher behind the server reads as many each time
 NOBODY = "http://127.0.0.1:9"
 
 
-def started(on="cpu", at_once=64 * 512, model="/untied", modules=("q_proj",)):
+def started(on="cpu", at_once=64 * 512, model="/untied", modules=("q_proj",), seed=0):
     """What a server of 64 sequences of 512 tokens says of its start."""
     return {
         "model_config": {
@@ -36,6 +36,7 @@ def started(on="cpu", at_once=64 * 512, model="/untied", modules=("q_proj",)):
             "max_logprobs": 20,
             "logprobs_mode": "raw_logprobs",
             "model": str(model),
+            "seed": seed,
         },
         "scheduler_config": {
             "max_num_batched_tokens": at_once,
@@ -155,6 +156,10 @@ WRONG = [
     ("vocabulary of the server", "FAIL", "out of vocab", "another vocab", lambda s: setattr(s, "vocab_size", 511), []),
     ("seeds", "warn", "other tokens the second time", "seed=none", lambda s: setattr(s, "fault", _no_seed), []),
     ("seeds", "ok", "not reproducible", "", lambda s: None, ["sampling.server.seed=none"]),
+    ("noise", "warn", "draw alike", "--seed $RANDOM", lambda s: None, ["sampling.server.seed=none"]),
+    ("noise", "ok", "--seed 7", "", lambda s: setattr(s, "info", started(seed=7)), ["sampling.server.seed=none"]),
+    ("start flags", "warn", "does not tell", "a --seed of its own", lambda s: setattr(s, "info", None),
+     ["sampling.server.seed=none"]),
     ("tokenizer of the server", "FAIL", "from token 0", "serve the", lambda s: setattr(s, "tokenize", _bytes), []),
     ("tokenizer of the server", "warn", ">>> ", "ids are sent", lambda s: setattr(s, "tokenize", _longer), []),
     ("tokenizer of the server", "skipped", "no route", "", lambda s: setattr(s, "tokenize", None), []),
