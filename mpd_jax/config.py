@@ -60,7 +60,8 @@ class SamplingSection:
     lookahead: 1 lets the next step's rollouts and rewriting run while this step trains, by weights that are one update
     old; 0 is strictly on-policy. Whoever writes or rewrites must then be served elsewhere (`serve`).
     slots: responses decoded side by side. prompt_tokens: longest prompt of a problem, in tokens; longer ones are
-    refused. prefill_chunk, prefill_rows: the one compiled shape in which prompts enter the cache.
+    refused. prefill_chunk, prefill_rows: the one compiled shape in which prompts enter the cache;
+    where slots lie on several devices every slot takes part, and prefill_rows is their number.
     """
 
     writer: SamplingConfig = field(default_factory=SamplingConfig)

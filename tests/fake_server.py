@@ -150,21 +150,22 @@ class FakeServer:
 
     def start(self) -> None:
         """Starts it, or starts it again on the same port with the weights that it began with."""
-        assert self._http is None, "it runs"
-        self.logprobs, self.weight_version = self.initial, "default"
-        self.adapters: dict[str, Logprobs] = {}
-        self.paused: str | None = None
-        self.in_flight = 0
-        self._http = _Http(("127.0.0.1", self._port), _handler(self))
-        self._port = self._http.server_address[1]
-        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+        with self._lock:  # a `kill` under way ends first, else the port is still taken
+            assert self._http is None, "it runs"
+            self.logprobs, self.weight_version = self.initial, "default"
+            self.adapters: dict[str, Logprobs] = {}
+            self.paused: str | None = None
+            self.in_flight = 0
+            self._http = _Http(("127.0.0.1", self._port), _handler(self))
+            self._port = self._http.server_address[1]
+            threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
     def kill(self) -> None:
         """Every connection is closed at once, and nobody listens any more."""
         with self._lock:
             http, self._http = self._http, None
-        if http is not None:
-            http.end()
+            if http is not None:
+                http.end()
 
     def freeze(self) -> None:
         """The system takes connections, as for a process that is stuck; no request is read any more."""

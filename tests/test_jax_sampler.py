@@ -223,8 +223,12 @@ def test_weights_are_a_copy_in_the_compute_dtype():
 @pytest.mark.parametrize("mesh", [MeshConfig(2, 1, 2), MeshConfig(1, 2, 4)], ids=str)
 def test_a_mesh_gives_the_same_greedy_tokens(mesh):
     expected = shared().sample(requests(), GREEDY)
-    got = sampler(mesh=mesh).sample(requests(), GREEDY)
-    assert [r.ids for r in got] == [r.ids for r in expected]
+    made = sampler(mesh=mesh)
+    assert [r.ids for r in made.sample(requests(), GREEDY)] == [r.ids for r in expected]
+    before, four = made.stats.prefill_calls, requests()[:4]
+    made.sample(four, GREEDY)
+    chunks = [-(-max(len(r.prompt) - 1, 1) // made.prefill_chunk) for r in four]
+    assert made.stats.prefill_calls - before == max(chunks), "all slots' prompts enter together"
 
 
 def test_progress_counts_finished_responses():

@@ -1,10 +1,13 @@
 """One update: the same numbers however it is cut up, a target that is only read, and no step on what is not finite."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from mpd_jax.models.config import ModelConfig
 from mpd_jax.models.decoder import Model
@@ -220,6 +223,29 @@ def test_there_is_one_compilation_a_batch_shape(adam):
     with compilations() as compiled:
         update(trained, target, make_batch(prompt=(5, 7)))
     assert compiled["jit(traced)"] == 1 and update.traces == 2
+
+
+def dots(jaxpr, kernel=False):
+    """(inside a Pallas kernel, equation) of every product in a program."""
+    for eqn in jaxpr.eqns:
+        inside = kernel or eqn.primitive.name == "pallas_call"
+        if eqn.primitive.name == "dot_general":
+            yield inside, eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from dots(inner, inside)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_float32_is_multiplied_in_full_forwards_and_backwards(remat):
+    """Devices that multiply float32 in fewer bits by default are asked not to, inside the attention kernel too."""
+    student = replace(tiny_model(), attention="splash_emulated", remat=remat)
+    update = make_update(student, student, REVERSE, GRADIENT, None, vocab_size=VOCAB)
+    weights = student.abstract()
+    trained = Trained(weights, jax.eval_shape(lambda w: init_opt_state(GRADIENT, w), weights))
+    found = list(dots(update._jitted.trace(trained, weights, make_batch(), None).jaxpr.jaxpr))
+    low = [eqn for _, eqn in found if set(eqn.params["precision"] or ()) != {jax.lax.Precision.HIGHEST}]
+    assert sum(inside for inside, _ in found) >= 9, "two of the kernel forwards, seven backwards"
+    assert not low
 
 
 def test_the_state_keeps_its_places_on_the_mesh(adam):

@@ -291,7 +291,7 @@ class Model:
             return _module(Block, self.config, block)(x_BTD, rotation, read, adapter), None
 
         x_BTD = constrain(self._embed(weights, tokens_BT), BETWEEN)
-        with self._precision():
+        with self.precision():
             layers = weights["blocks"], weights.get("adapter")
             x_BTD, _ = jax.lax.scan(_rematerialised(body, self.remat), x_BTD, layers)
         h_BTD = _module(Decoder, self.config, _rest(weights)).final_norm(x_BTD)
@@ -303,7 +303,7 @@ class Model:
 
     def project(self, weights: Weights, h: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., D]."""
-        with self._precision():
+        with self.precision():
             head_VD = self.head(weights).astype(h.dtype)
             return jnp.einsum("...d,vd->...v", h, head_VD, preferred_element_type=jnp.float32)
 
@@ -361,15 +361,16 @@ class Model:
         x_RTD, held = self._embed(weights, tokens_RT), []
         for layer in range(self.config.num_layers):
             block = _module(Block, self.config, weights["blocks"][layer])
-            with self._precision():
+            with self.precision():
                 x_RTD, pair = block.step(x_RTD, rotation, visible, partial(remember, layer))
             held.append(pair)
         h_RTD = _module(Decoder, self.config, _rest(weights)).final_norm(x_RTD)
         length_B = cache.length_B + valid_R if slots_R is None else cache.length_B.at[slots_R].add(valid_R)
         return h_RTD, KVCache(tuple(k for k, _ in held), tuple(v for _, v in held), length_B)
 
-    def _precision(self) -> AbstractContextManager:
-        """float32 means float32 on every device: by default TPUs and GPUs multiply it in fewer bits."""
+    def precision(self) -> AbstractContextManager:
+        """float32 means float32 on every device: by default TPUs and GPUs multiply it in fewer bits. Whoever
+        differentiates does so inside it: a kernel's way back is traced after `hidden` has returned."""
         return jax.default_matmul_precision("highest") if self.dtype == "float32" else nullcontext()
 
     def _embed(self, weights: Weights, tokens_BT: Array) -> jax.Array:

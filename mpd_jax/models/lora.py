@@ -4,6 +4,7 @@ Arrays lie as those of the decoder do, stacked by layer: A [L, in..., rank], B [
 The product A B is formed only where weights are merged, for sampling and export. Files: models/peft.py.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,6 +100,10 @@ class Adapted:
     @property
     def attention(self) -> str:
         return self.model.attention
+
+    def precision(self) -> AbstractContextManager:
+        """See `Model.precision`."""
+        return self.model.precision()
 
     def init(self, key: jax.Array) -> Weights:
         """A as PEFT draws it, uniform up to 1 / sqrt(in) either way; B zero, so that nothing changes yet."""

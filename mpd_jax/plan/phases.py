@@ -284,16 +284,12 @@ def _sampled(kind: str, job: _Job, held: Live, mesh: Mesh) -> list[Phase]:
     given: Parts = {"decode copies": weights, **parts}
     read = local_bytes(weights) + local_bytes(slots.cache)
     chunks = -(-max(job.prompt - 1, 1) // sampler.prefill_chunk)
-    taking = sampler.slots if shards(mesh) > 1 else sampler.prefill_rows  # rows that go through the layers
     truncate = job.sampling.temperature > 0 and (job.sampling.top_p < 1 or job.sampling.top_k > 0)
     prefill = Program(
         lambda: lower_prefill(sampler, weights, slots),
         given,
         chunks * -(-job.rows // sampler.prefill_rows),
-        _useful(
-            flops.cached(model, sampler.prefill_rows, sampler.prefill_chunk, job.prompt // 2, window, head=False),
-            flops.cached(model, taking, sampler.prefill_chunk, job.prompt // 2, window, head=False),
-        ),
+        flops.cached(model, sampler.prefill_rows, sampler.prefill_chunk, job.prompt // 2, window, head=False),
         read,
     )
     decode = Program(
@@ -309,10 +305,6 @@ def _sampled(kind: str, job: _Job, held: Live, mesh: Mesh) -> list[Phase]:
         Phase(f"{kind} prefill", kind, resident, prefill, model, sizes=sizes),
         Phase(f"{kind} decode", kind, resident, decode, model, tokens=job.rows * job.response, sizes=sizes),
     ]
-
-
-def _useful(one: Flops, other: Flops) -> Flops:
-    return Flops(one.useful, other.done)
 
 
 def _hand_over(sampler: JaxSampler, held: Live, mesh: Mesh) -> Phase:

@@ -226,14 +226,14 @@ class JaxSampler:
         self.prefill_chunk = min(prefill_chunk, max(prompt_length - 1, 1))
         self.vocab_size, self.dtype = vocab_size, jnp.dtype(dtype)
         self.slots = self._fitting(slots)
-        self.prefill_rows = min(prefill_rows, self.slots)
+        spread = mesh.shape["data"] * mesh.shape["fsdp"] > 1
+        self.prefill_rows = self.slots if spread else min(prefill_rows, self.slots)
         self.version = -1
         self.stats = Stats()
         self._weights: Any = None
         shapes = jax.eval_shape(model.by_layer, model.abstract())
         layout = tree_shardings(mesh, model.by_layer_axes(), shapes, "decode")
         self._reshard = jax.jit(partial(_decode_copy, model=model, dtype=self.dtype), out_shardings=layout)
-        spread = mesh.shape["data"] * mesh.shape["fsdp"] > 1
         self._program = Program(model, vocab_size, self._layout(), spread, self._window())
         self._empty = jax.jit(self._new_slots, out_shardings=self._program.layout)
 

@@ -151,7 +151,8 @@ def make_update(
             hidden_BTE = target.hidden(target_weights, batch.target_tokens_BT, segments_BT=batch.target_segments_BT)
             rows_RE = response_rows(hidden_BTE, batch.target_at_BR)
             target_rows = jax.lax.stop_gradient((rows_RE, target.head(target_weights)))
-        (value, stats), gradient = jax.value_and_grad(objective, has_aux=True)(trained, base, target_rows, batch)
+        with student.precision():
+            (value, stats), gradient = jax.value_and_grad(objective, has_aux=True)(trained, base, target_rows, batch)
         if shardings is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, shardings.weights)
         return gradient, {"loss": value, **token_sums(stats, batch)}

@@ -34,6 +34,7 @@ OVERRIDES = [
     "eval.problems=2",
     "eval.max_tokens=8",
     "eval.concise_row=false",
+    "sampling.server.patience_s=60",
 ]
 TEACHER_WRITES = [
     "recipe.write.by=teacher",
