@@ -26,9 +26,11 @@ from mpd_jax.files import AnyPath, Lines
 from mpd_jax.recipe import rewrite, target, write
 from mpd_jax.recipe.recipe import Recipe
 from mpd_jax.roles import ModelFiles, Roles, open_model, open_roles
-from mpd_jax.samplers import Samplers, load_frozen, make_samplers
+from mpd_jax.samplers import Samplers, load_frozen, make_samplers, served_elsewhere
+from mpd_jax.sampling.agreement import Agreement
 from mpd_jax.sampling.probe import PROMPTS
 from mpd_jax.sampling.sampler import Sampler
+from mpd_jax.sampling.vllm_client import Push
 from mpd_jax.sampling.weight_push import WeightPush
 from mpd_jax.scoring import scoring
 from mpd_jax.serving import Secrets, Serving
@@ -137,21 +139,26 @@ def _push(
     stack: ExitStack,
     say: Say,
     distrust: Callable[[int], None],
-    student: ModelFiles,
+    held: ModelFiles,
     key: str | None,
-) -> WeightPush:
-    """What brings the student to its servers. It is proved on prompts of the run; each push is a line on disk."""
+) -> Push:
+    """What brings the student to its servers, or proves that those of another model hold it, on prompts of the run.
+    Each push is a line on disk."""
+    samples = [held.chat.prompt("plain", problem) for problem in training[:PROMPTS]]
+    server, seed = config.sampling.server, config.run.seed
+    if held.key != "student":
+        return Agreement(held, mesh, samples, server=server, key=key, seed=seed, say=say)
     lines = stack.enter_context(closing(Lines(run_dir / "pushes.jsonl")))
     return WeightPush(
-        student,
+        held,
         whole,
         mesh,
         run_dir,
-        [student.chat.prompt("plain", problem) for problem in training[:PROMPTS]],
-        server=config.sampling.server,
+        samples,
+        server=server,
         key=key,
         config=config.sampling.push,
-        seed=config.run.seed,
+        seed=seed,
         say=say,
         note=lambda report: lines.add(json.dumps(dataclasses.asdict(report))),
         distrust=distrust,
@@ -210,6 +217,11 @@ def build(
         teacher_weights = teacher.weights(mesh) if teacher else None
         samplers = make_samplers(config, roles, mesh, whole, serving.sampler)
         load_frozen(samplers, roles, mesh, teacher_weights)
+        for held in served_elsewhere(roles, teacher_weights):
+            say(
+                f"{held.key}: that {', '.join(held.serve)} computes with {held.key}.path is unproved, for the mesh "
+                "does not hold these weights; `mpd-jax doctor` compares them"
+            )
         graders = stack.enter_context(GraderPool(config.recipe.rewrite.grader, workers=1))
         recipe = _recipe(config, roles, samplers, graders, state.memory, progress)
         target_files = roles.target(config.recipe)

@@ -63,7 +63,7 @@ def make_samplers(config: RunConfig, roles: Roles, mesh: Mesh, whole: Callable[[
 
 
 def load_frozen(samplers: Samplers, roles: Roles, mesh: Mesh, teacher_weights: Any) -> None:
-    """Weights that never change are loaded once; servers hold theirs."""
+    """Weights that never change are loaded once; servers hold theirs, and are compared with those that are here."""
     writer = samplers.writer if samplers.writer is not samplers.student else None
     rewriter = samplers.rewriter if roles.rewriter is not roles.student else None
     if writer is not None:
@@ -72,10 +72,16 @@ def load_frozen(samplers: Samplers, roles: Roles, mesh: Mesh, teacher_weights: A
         return
     if writer is not None and roles.rewriter is roles.teacher:
         same_weights(rewriter, writer)
-    elif not isinstance(rewriter, JaxSampler):
-        rewriter.load(None, 0)
+    elif roles.rewriter is roles.teacher:
+        rewriter.load(teacher_weights, 0)
     else:
-        rewriter.load(teacher_weights if roles.rewriter is roles.teacher else roles.rewriter.weights(mesh), 0)
+        rewriter.load(roles.rewriter.weights(mesh) if isinstance(rewriter, JaxSampler) else None, 0)
+
+
+def served_elsewhere(roles: Roles, teacher_weights: Any) -> list[ModelFiles]:
+    """Frozen models that servers hold and the mesh does not, each once."""
+    frozen = {f.key: f for f in (roles.teacher, roles.rewriter) if f is not None and f is not roles.student}
+    return [f for f in frozen.values() if f.serve and (f is not roles.teacher or teacher_weights is None)]
 
 
 def same_weights(sampler: Sampler, other: Sampler) -> None:

@@ -14,7 +14,7 @@ from mpd_jax.sampling.vllm_client import Push, VLLMSampler
 from mpd_jax.types import UserError
 
 Secrets = Callable[[str], str | None]  # the environment, of which only the command line knows
-MakePush = Callable[[ModelFiles, str | None], Push]  # what brings a model's weights to its servers, and the API key
+MakePush = Callable[[ModelFiles, str | None], Push]  # what brings or proves a model's weights; with the API key
 
 
 def require_window(key: str, servers: Servers, window: int, max_length: int) -> None:
@@ -31,7 +31,7 @@ class Serving:
     """Makes the samplers of models that are served, once their servers answer.
 
     run_dir: holds responses until they are stored as what they are for. settings: see VLLMSampler. push: makes what
-    brings the student's weights to its servers.
+    brings the student's weights to its servers, and what proves that those of another model hold it.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Serving:
     def sampler(self, held: ModelFiles, role: str, max_length: int) -> VLLMSampler:
         """A sampler of a served model, for prompts and responses of `max_length` tokens together."""
         servers = self.servers(held)
-        if held.key == "student" and held.key not in self._pushes:
+        if held.key not in self._pushes:
             self._pushes[held.key] = self._push(held, self._key)
         window = hosts.from_main(lambda: servers.window)
         require_window(held.key, servers, window, max_length)

@@ -30,6 +30,9 @@ FAULTS = (
     "slow",  # the answer after `slow_s`
     "hang",  # no answer as long as the server lives
     "die",  # the server is killed, with this request in flight
+    "vanish",  # its host is gone, with this request in flight: see `vanish`
+    "freeze",  # it takes connections from now on and answers none
+    "no completion",  # status 200 and JSON that is none
     "abort",  # finish_reason abort, some of the ids
     "no ids",  # a server too old to answer token ids
     "wrong ids",  # ids out of the vocabulary
@@ -163,6 +166,22 @@ class FakeServer:
             http, self._http = self._http, None
             if http is not None:
                 http.end()
+
+    def freeze(self) -> None:
+        """The system takes connections, as for a process that is stuck; no request is read any more."""
+        assert self._http is not None
+        self._http.shutdown()
+
+    def vanish(self) -> None:
+        """As a host without power: no connection is taken, by a full backlog, and those that are open stay silent."""
+        self.freeze()
+        assert self._http is not None
+        self._http.socket.listen(0)
+        for _ in range(3):
+            waiting = socket.socket()
+            waiting.setblocking(False)
+            waiting.connect_ex(self._http.server_address)
+            self._http.waiting.append(waiting)
 
     @property
     def url(self) -> str:
@@ -300,8 +319,10 @@ class FakeServer:
             raise AssertionError(f"no such fault: {fault}")
         if isinstance(fault, int):
             raise Refused(fault, ERRORS.get(fault, {"detail": "?"}))
-        if fault in ("drop", "half", "truncated", "html", "hang", "die"):
+        if fault in ("drop", "half", "truncated", "html", "hang", "die", "vanish", "freeze"):
             raise _Broken(fault)
+        if fault == "no completion":
+            return {"choices": [None]}
         with self._running():
             if fault == "slow":
                 time.sleep(self.slow_s)
@@ -513,6 +534,7 @@ class _Http(ThreadingHTTPServer):
 
     def __init__(self, *arguments: Any):
         self.open: set[socket.socket] = set()
+        self.waiting: list[socket.socket] = []
         super().__init__(*arguments)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -529,6 +551,8 @@ class _Http(ThreadingHTTPServer):
     def end(self) -> None:
         self.shutdown()
         self.server_close()
+        for connection in self.waiting:
+            connection.close()
         for connection in list(self.open):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -582,7 +606,11 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 self._raw(200, text, 10 * len(text), "application/json")
             if how == "die":
                 server.kill()
-            while how == "hang" and server._http is self.server:
+            if how == "vanish":
+                server.vanish()
+            if how == "freeze":
+                server.freeze()
+            while how in ("hang", "vanish", "freeze") and server._http is self.server:
                 time.sleep(0.01)
             self.close_connection = True
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mpd_jax.sampling import asking
 from mpd_jax.sampling.scorer import Scorer
 from mpd_jax.sampling.servers import ServerConfig, ServerError, Servers
 from mpd_jax.types import UserError
@@ -104,6 +105,28 @@ def test_tokens_in_flight_are_bounded_at_each_server_and_a_long_text_goes_alone(
     assert max(most) == (30 if limit == 40 else 15)
 
 
+def test_a_server_that_fails_under_what_it_is_asked_at_once_is_asked_for_less(monkeypatch):
+    monkeypatch.setattr(asking, "BACKOFF_S", (0.005, 0.05))
+    monkeypatch.setattr(asking, "RETURN_S", 0.02)
+    lock, flying, most, said = threading.Lock(), [0], [0], []
+
+    def watched(ids):
+        with lock:
+            flying[0] += len(ids)
+            most[0] = max(most[0], flying[0])
+        time.sleep(0.02)
+        with lock:
+            flying[0] -= len(ids)
+        return MODEL(ids)
+
+    with FakeServer(watched, vocab_size=V) as server:
+        server.fault = lambda number, body: 500 if number < 9 else None  # all that are in flight at first
+        servers = Servers([server.url], replace(CONFIG, score_tokens=135), say=said.append)
+        assert_right(Scorer(servers, 4).score(texts()), texts(), 4)
+    assert most[0] <= 60
+    assert "EngineCore encountered" in said[0] and "; 67 tokens are asked of it at once" in said[0]
+
+
 def test_progress_is_told_and_what_it_raises_ends_the_round(server):
     seen = []
     scorer(server).score(texts(), seen.append)
@@ -156,6 +179,7 @@ def cheaper(e):
 # What becomes of the entry of one position, which holds the 4 best and the actual token 7, the worst of all.
 WRONG = {
     "nan": (lambda e: {**e, "7": {"logprob": float("nan")}}, r"a log-probability of nan at position 5"),
+    "-inf": (lambda e: {**e, "7": {"logprob": float("-inf")}}, r"a log-probability of -inf at position 5"),
     "null": (lambda e: {**e, "7": {"logprob": None}}, r"at position 5; use a vLLM"),
     "above 0": (cheaper, r"a log-probability of 5.0 at position 5"),
     "missing": (lambda e: None, r"'None' at position 5"),

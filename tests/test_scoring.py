@@ -113,10 +113,10 @@ def teacher():
     return served(model, weights, 512)
 
 
-def opened(tmp_path, *overrides):
+def opened(tmp_path, *overrides, say=lambda text: None):
     settings = config.load(QUICKSTART, [*SMALL, f"run.dir={tmp_path}", "recipe.rewrite.how=nobody", *overrides])
     silent = lambda *_: nullcontext(lambda *_: None)  # noqa: E731
-    return build.build(settings, tmp_path, lambda row: None, lambda text: None, silent)
+    return build.build(settings, tmp_path, lambda row: None, say, silent)
 
 
 def some_trajectories(chat, problems):
@@ -129,12 +129,14 @@ def some_trajectories(chat, problems):
 
 
 def test_a_run_asks_its_teacher_s_server_and_trains_without_the_teacher_s_weights(tmp_path, teacher):
+    said = []
     with FakeServer(teacher, vocab_size=512, window=1024) as server:
         made, state = opened(
             tmp_path,
             f"teacher.serve={server.url}",
             "recipe.target={top_k: 8, context: concise}",
             "train.max_length=100",
+            say=said.append,
         )
         try:
             parts, problems, chat = made.parts, made.parts.problems.at(0), made.student.chat
@@ -144,6 +146,7 @@ def test_a_run_asks_its_teacher_s_server_and_trains_without_the_teacher_s_weight
             batch = parts.to_batch(problems, told)
         finally:
             made.close()
+    assert f"teacher: that {server.url} computes with teacher.path is unproved" in " ".join(said)
     read = [t.target is not None for t in told]
     assert read[:3] == [True, True, False] and not read[-1]  # one was dropped, others are too long
     assert len(server.bodies()) - asked == sum(read)

@@ -35,7 +35,9 @@ class Told:
 
 def serving(tmp_path, *overrides, told=None, secrets=lambda name: None, push=None):
     settings, told = config.load(QUICKSTART, [*SMALL, *overrides]), told or Told()
-    made = Serving(settings, tmp_path, "s", secrets=secrets, say=told.said.append, progress=told.progress, push=push)
+    made = Serving(
+        settings, tmp_path, "s", secrets=secrets, say=told.said.append, progress=told.progress, push=push or Pushed
+    )
     return settings, made
 
 
@@ -189,8 +191,9 @@ def test_what_trains_is_pushed_once_a_version_and_frozen_models_are_not(tmp_path
     samplers.load_student("adapter", 3)
     assert samplers.student.version == samplers.rewriter.version == 3
     made.sampler(teacher, "writer", 200).load(None, 0)
-    (push,) = pushes
+    push, frozen = pushes
     assert push.pushed == [("adapter", 3)] and push.held is student and push.key == "sesame"
+    assert frozen.pushed == [] and frozen.held is teacher
     samplers.rewriter.sample([Request((1, 2), (3, 4))], SHORT)
     assert push.admitted == [server.url]
 

@@ -295,8 +295,8 @@ PARTS = {
     "delete.sh": ["queued-resources delete slice --zone=zone-a --project=project --force --quiet"],
     "serve_teacher.sh": [
         "--privileged --shm-size=150gb",
-        f"--entrypoint vllm vllm/vllm-tpu:latest serve owner/model --revision {'0' * 40} --served-model-name teacher "
-        "--port 8000 --tensor-parallel-size 8 --max-model-len 32768 --max-logprobs 20",
+        f"owner/model --revision {'0' * 40} --served-model-name teacher --port 8000 --tensor-parallel-size 8 "
+        '--max-model-len 32768 --max-logprobs 20 --host "$at" ',
     ],
     "gke.sh": [
         "xpk workload create --workload=mpd --cluster=c --zone=zone-a --tpu-type=v6e-16 --num-slices=1 "
@@ -335,6 +335,13 @@ def test_the_printed_commands_hold_their_key_parts(world, script):
         ("fetch.sh", {"EXCLUDE": ""}, [], "gs://bucket/runs/mpd to --recursive\n"),
         ("serve_teacher.sh", {"ON": "gpu"}, [], "gcloud compute ssh slice --zone=zone-a --project=project '--command="),
         ("serve_teacher.sh", {"ON": "gpu"}, [], "--gpus all --ipc=host "),
+        (
+            "serve_teacher.sh",
+            {"ON": "gpu"},
+            [],
+            '--max-logprobs 64 --max-num-batched-tokens 2048 --gpu-memory-utilization 0.85 --host "$at"',
+        ),
+        ("serve_teacher.sh", {"MOUNT": "/mnt/x", "MODEL": "/mnt/x/m", "REVISION": ""}, [], "-v /mnt/x:/mnt/x --env"),
         ("serve_teacher.sh", {}, ["--stop"], "docker rm --force teacher"),
         ("gke.sh", {}, ["--delete"], "xpk workload delete --workload=mpd --cluster=c --zone=zone-a"),
         ("slurm.sh", {"PER": "node", "NODES": "4"}, ["c.yaml"], "--nodes=4 --ntasks-per-node=1 --gpus-per-node=8 "),
@@ -477,6 +484,30 @@ def test_secrets_are_on_no_command_line(world):
         assert SECRET not in result.stdout + result.stderr
     assert world.notes.stat().st_size and SECRET not in world.notes.read_text()
     assert f"Bearer {SECRET}" in Path(f"{world.notes}.piped").read_text()
+
+
+def served(world, **env):
+    """(the words of docker run up to the image, what its shell is told, what that runs vllm with, addresses asked)"""
+    result = world.call("serve_teacher.sh", **{**NEEDS["serve_teacher.sh"][0], **env})
+    assert result.returncode == 0, result.stderr
+    noted = world.noted()
+    (line,) = (line for line in noted if line[:2] == ["docker", "run"])
+    asked = {word.split("/")[2] for line in noted if line[0] == "curl" for word in line if word.startswith("http://")}
+    at = line.index("--entrypoint")
+    assert line[at + 1] == "bash" and line[at + 3] == "-c"
+    return line[:at], line[at + 4], line[at + 5 :], asked
+
+
+def test_a_server_listens_at_one_address_and_draws_afresh_at_every_start(world):
+    world.write("stand_ins/hostname", "#!/usr/bin/env bash\necho 10.0.0.7 172.17.0.1\n")
+    _, told, words, asked = served(world)
+    assert words[-2:] == ["--host", "10.0.0.7"] and asked == {"10.0.0.7:8000"}
+    world.write("stand_ins/vllm", '#!/usr/bin/env bash\necho "$@"\n')
+    starts = [world.bash("-c", told, *words).stdout.split() for _ in range(2)]
+    assert [start[:2] for start in starts] == [["serve", "owner/model"]] * 2 and starts[0][4:] == words[1:]
+    assert starts[0][2] == "--seed" and starts[0][3] != starts[1][3]
+    _, _, words, asked = served(world, LISTEN="127.0.0.1", EXTRA="--enable-lora --max-loras 2")
+    assert words[-5:] == ["--host", "127.0.0.1", "--enable-lora", "--max-loras", "2"] and asked == {"127.0.0.1:8000"}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import pytest
 
-from mpd_jax.sampling import asking
+from mpd_jax.sampling import asking, wire
 from mpd_jax.sampling.sampler import Request, SamplingConfig, request_key
 from mpd_jax.sampling.servers import ServerConfig, ServerError, Servers
 from mpd_jax.sampling.vllm_client import VLLMSampler
@@ -135,7 +135,9 @@ def test_no_seed_is_sent_where_servers_refuse_them(tmp_path):
         assert all(body["seed"] is None for body in server.bodies())
 
 
-@pytest.mark.parametrize("fault", ["drop", "half", "truncated", "html", "abort", "slow", 500, 503, 429])
+@pytest.mark.parametrize(
+    "fault", ["drop", "half", "truncated", "html", "no completion", "abort", "slow", 500, 503, 429]
+)
 def test_what_time_heals_leaves_no_trace(tmp_path, expected, fault):
     with fake() as server:
         server.slow_s = 0.05
@@ -166,9 +168,13 @@ def test_what_cannot_be_believed_ends_the_call_with_its_own_words(tmp_path, faul
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("half", "failed 3 times.*nobody answers.*look into the server's log"),
+        ("half", "failed 3 times.*the connection ended before the answer did.*look into the server's log"),
         ("truncated", "failed 2 times.*no JSON, but .* at its end; look at what stands between"),
         ("html", "failed 2 times.*no JSON, but .*</html>"),
+        (
+            "no completion",
+            r"failed 2 times.*no completion, but '\{\"choices\": \[null\]\}'; look at what stands between",
+        ),
         ("hang", "failed 2 times.*no answer within 0.2 s; raise sampling.server.timeout_s"),
         (500, "failed 3 times.*answers 500: EngineCore encountered an issue.*look into the server's log"),
         (429, "answers 429: Too many requests.*, for 0.5 s; lower sampling.server.concurrency"),
@@ -263,6 +269,36 @@ def test_a_dead_servers_work_is_taken_over(tmp_path, expected):
     with fake() as one, fake() as other:
         one.fault = at_request(4, "die")
         assert sampler(tmp_path, one, other, config=ServerConfig(concurrency=4)).sample(REQUESTS, SAMPLED) == expected
+
+
+@pytest.mark.parametrize("how", ["vanish", "freeze"])
+def test_the_work_of_a_host_that_is_gone_without_a_word_is_taken_over(tmp_path, monkeypatch, expected, how):
+    monkeypatch.setattr(wire, "CONNECT_S", 0.05)
+    monkeypatch.setattr(wire, "LOOK_S", 0.1)
+    monkeypatch.setattr(asking, "WATCH_S", 0.05)
+    said = []
+    with fake() as one, fake() as other:
+        one.fault = at_request(4, how)
+        config = ServerConfig(concurrency=4, timeout_s=5.0)  # a request that is not taken over is late, not lost
+        assert sampler(tmp_path, one, other, config=config, say=said.append).sample(REQUESTS, SAMPLED) == expected
+    told = f"{one.url}: nobody answers there (no connection within 0.05 s); "
+    told = told if how == "vanish" else f"{one.url}/health: no answer within 0.1 s; "
+    assert [text.startswith(told) and "that were in flight there are asked again" in text for text in said] == [True]
+
+
+def test_what_goes_wrong_in_a_flight_ends_the_call(tmp_path, monkeypatch):
+    def broken(self, url, path, status, text):
+        raise LookupError("unforeseen")
+
+    monkeypatch.setattr(wire.Wire, "refusal", broken)
+    with fake() as server:
+        server.fault = at_request(3, 400)
+        with pytest.raises(LookupError, match="unforeseen"):
+            sampler(tmp_path, server).sample(REQUESTS, SAMPLED)
+
+
+def test_a_server_may_be_busy_any_number_of_times():
+    assert [asking._backoff(times) for times in (1, 2, 5000)] == [0.01, 0.02, 0.05]
 
 
 def test_the_key_is_sent_and_never_told(tmp_path, expected):

@@ -43,7 +43,10 @@ def examine(config: RunConfig, secrets: Secrets, screen: Screen, *, quick: bool)
     found = models.rows(config, roles)
     found += [models.problems(config, roles, mesh), *machine.rows(config, roles, mesh)]
     loading = None if quick or not sound(found) else screen.say
-    return found + served(config, roles, mesh, secrets, whole=True, loading=loading)
+    found += served(config, roles, mesh, secrets, whole=True, loading=loading)
+    if not quick and loading is None:
+        found.append(Row("log-probabilities of servers", "skipped", "what fails above has to be mended first"))
+    return found
 
 
 def before_training(config: RunConfig, roles: Roles, secrets: Secrets, say: Callable[[str], None]) -> None:
@@ -86,7 +89,7 @@ def served(
         inspected = Inspected(config, one, secrets(config.sampling.server.key), whole=whole)
         rows = inspected.rows()
         found += rows
-        if loading is None or one.held.key == "student":
+        if loading is None:
             continue
         if not sound(rows):
             found.append(Row(f"{one.held.key}: log-probabilities", "skipped", "its servers have to be mended first"))

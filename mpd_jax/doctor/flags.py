@@ -36,10 +36,12 @@ def dtype(info: Told | None) -> str | None:
 def rows(config: RunConfig, held: ModelFiles, info: Told | None, *, samples: bool, scores: bool) -> list[Row]:
     """samples, scores: whether responses are drawn there, whether log-probabilities of prompts are asked for."""
     key, seeded = held.key, samples and config.sampling.server.seed == "request"
+    unseeded = samples and not seeded
     tied = key == "student" and held.adapted is None and held.model.config.tie_embeddings
     if info is None:
         matter = {
             "--max-num-batched-tokens of --max-num-seqs x --max-model-len on a CPU, for seeded responses": seeded,
+            "a --seed of its own at every start (--seed $RANDOM), for responses without seeds": unseeded,
             "--lora-target-modules without head and embedding, with --enable-lora": scores or key == "student",
             "an untied export (`mpd-jax export --untie`) on a CPU, for its reload keeps a tied head": tied,
         }
@@ -52,6 +54,8 @@ def rows(config: RunConfig, held: ModelFiles, info: Told | None, *, samples: boo
     found = [_told(key, info, on_cpu)]
     if seeded:
         found.append(_seeds(key, info, on_cpu))
+    if unseeded:
+        found.append(_noise(key, info))
     if value(info, "lora_config", "max_loras") and (scores or key == "student"):
         found.append(_adapters(key, info, on_cpu))
     if tied and on_cpu and config.sampling.push.way in ("auto", "reload"):
@@ -84,6 +88,15 @@ def _seeds(key: str, info: Told, on_cpu: bool) -> Row:
         f"start it with --max-num-batched-tokens {needed} (its --max-num-seqs x --max-model-len) or with "
         "--no-enable-chunked-prefill, or set sampling.server.seed=none",
     )
+
+
+def _noise(key: str, info: Told) -> Row:
+    """Responses without seeds of their own are drawn from the engine's, which is 0 unless it is given one."""
+    what, seed = f"{key}: noise", value(info, "model_config", "seed")
+    if seed != 0:
+        return Row(what, "ok", f"--seed {seed}")
+    seen = "its --seed is 0, as at every start without one: two servers, or one that is started again, draw alike"
+    return Row(what, "warn", seen, "start it with --seed $RANDOM")
 
 
 def _adapters(key: str, info: Told, on_cpu: bool) -> Row:

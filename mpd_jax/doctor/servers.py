@@ -12,11 +12,12 @@ from mpd_jax.data.chat import marked, parting, user
 from mpd_jax.doctor import flags
 from mpd_jax.doctor.models import PROBE
 from mpd_jax.doctor.rows import Row, check, failed, sound
+from mpd_jax.models.decoder import Weights
 from mpd_jax.plan.phases import ELSEWHERE
 from mpd_jax.roles import ModelFiles, Roles
 from mpd_jax.samplers import make_samplers
+from mpd_jax.sampling.agreement import compare
 from mpd_jax.sampling.probe import PROMPTS, Probe, probe_tokens
-from mpd_jax.sampling.proof import TOLERANCE, judge
 from mpd_jax.sampling.sampler import Request, SamplingConfig
 from mpd_jax.sampling.scorer import Scorer
 from mpd_jax.sampling.servers import ServerError, Servers, Unreachable
@@ -203,7 +204,7 @@ class Inspected:
             return Row(f"{self.name}: push", "warn", seen, "set sampling.push.restart to a command that does it")
         return way
 
-    def agreement(self, mesh: Mesh, samples: Sequence[Sequence[int]], weights: object) -> list[Row]:
+    def agreement(self, mesh: Mesh, samples: Sequence[Sequence[int]], weights: Weights) -> list[Row]:
         """Log-probabilities of the same ids here, of the weights in the directory, and at each server."""
         held, found = self.asked.held, []
         tokens_BT = probe_tokens(samples[:PROMPTS], held.model.config.vocab_size, self.config.run.seed)
@@ -214,17 +215,13 @@ class Inspected:
                 dtype = flags.dtype(flags.told(server)) or held.model.dtype
                 probe = Probe(held.model, mesh, tokens_BT, dtype, merge=True)
                 there = probe.there(server, server.model)
-                proof = judge(there, probe.here(weights), probe.prompt, TOLERANCE[dtype])  # type: ignore[arg-type]
-                seen = (
-                    f"over {proof.positions:,} positions server and JAX differ by {proof.mean:.2g} nats on average, "
-                    f"{proof.largest:.2g} at most, {proof.difference:.2g} root mean square; {dtype} allows "
-                    f"{proof.limit:.2g}"
-                )
-                if proof.verdict == "agrees":
-                    return seen
-                loose = proof.difference <= TOLERANCE["bfloat16"]
-                remedy = f"start it with --dtype {dtype}" if loose else f"serve the weights of {held.directory}"
-                raise ServerError(f"{seen}; {remedy}")
+                found = compare(probe, there, probe.here(weights), weights, dtype, held.directory)
+                if found.by == "nothing":
+                    return found.seen
+                if found.by == "weights" and self.name == "student":
+                    seen = f"it does not hold the weights of {held.directory} now ({found.seen})"
+                    return Row(what, "skipped", f"{seen}: the first push proves those that it is given")
+                raise ServerError(f"{found.seen}; {found.change}")
 
             found.append(check(f"{self.name}: log-probabilities{at}", see))
         return found

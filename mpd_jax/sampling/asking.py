@@ -21,6 +21,7 @@ from mpd_jax.types import UserError
 
 TICK_S = 0.5
 WATCH_S = 5.0  # between two looks at a server that works; twice away and it is
+SLOW_MISS = 0.25  # what a look without an answer in time counts: a busy server may miss some, not eight in a row
 RETURN_S = 1.0  # between two looks at a server that is away
 FIRST_S = 1.0  # for the first look at all of them
 BACKOFF_S = (0.1, 20.0)  # before a request is asked again: at first, and at most
@@ -42,12 +43,12 @@ class Fault(Exception):
 class _Server:
     """A server, as this call knows it."""
 
-    def __init__(self, url: str, client: Any):
-        self.url, self.client = url, client
+    def __init__(self, url: str, client: Any, tokens: int):
+        self.url, self.client, self.tokens = url, client, tokens  # tokens: in flight at most, where sizes are known
         self.up = False
         self.flying: dict[asyncio.Task, tuple[int, float]] = {}  # request and when it was sent
         self.look = asyncio.Event()
-        self.faults = self.misses = 0
+        self.faults, self.misses = 0, 0.0
         self.away = "it has not been looked at"
         self.looked = self.said = False
 
@@ -81,7 +82,9 @@ class Round:
         _allow_files(self.config.concurrency * len(self.urls) + SPARE_FILES)
         self.events: asyncio.Queue[Callable[[], None]] = asyncio.Queue()
         async with AsyncExitStack() as stack:
-            self.all = [_Server(url, await stack.enter_async_context(self.wire.client())) for url in self.urls]
+            clients = [await stack.enter_async_context(self.wire.client()) for _ in self.urls]
+            tokens = self.config.score_tokens
+            self.all = [_Server(url, client, tokens) for url, client in zip(self.urls, clients, strict=True)]
             try:
                 for server in self.all:
                     self._start(self._watch(server))
@@ -116,14 +119,14 @@ class Round:
         if not server.flying or self.sizes is None:
             return len(server.flying) < self.config.concurrency
         tokens = self.sizes[index] + sum(self.sizes[other] for other, _ in server.flying.values())
-        return len(server.flying) < self.config.concurrency and tokens <= self.config.score_tokens
+        return len(server.flying) < self.config.concurrency and tokens <= server.tokens
 
     async def _fly(self, server: _Server, index: int) -> None:
         task = asyncio.current_task()
         assert task is not None
         try:
             outcome: Any = await self._post(server, self.bodies[index])
-        except (Fault, ServerError) as error:
+        except Exception as error:  # raised by the loop: a task that dies in silence would be waited for
             outcome = error
         self.events.put_nowait(partial(self._landed, server, task, index, outcome))
 
@@ -144,10 +147,12 @@ class Round:
             raise refusal
         try:
             answer = json.loads(text)
-            choices = answer.get("choices") or ()
-        except (ValueError, AttributeError):
+            aborted = any(choice.get("finish_reason") == "abort" for choice in answer.get("choices") or ())
+        except ValueError:
             raise Fault("garbled", f"{server.url}{self.path}: no JSON, but {text[-80:]!r} at its end") from None
-        if any(choice.get("finish_reason") == "abort" for choice in choices):
+        except (AttributeError, TypeError):
+            raise Fault("garbled", f"{server.url}{self.path}: no completion, but {text[:80]!r}") from None
+        if aborted:
             raise Fault("busy", f"{server.url}{self.path}: the server has aborted the request (finish_reason abort)")
         if isinstance(answer.get("error"), dict | str):
             raise Fault("failed", f"{server.url}{self.path}: the server answers 200 and an error: {words(text)}")
@@ -167,13 +172,22 @@ class Round:
             raise outcome
         self._count(index, outcome)
         if outcome.kind in ("lost", "failed"):
+            if server.up and self.sizes is not None:
+                self._ask_less(server, outcome)
             server.up, server.away = False, str(outcome)
             server.faults += 1
             server.misses += outcome.kind == "lost"
         server.look.set()
-        low, high = BACKOFF_S
-        delay = min(high, low * 2 ** self.faults[index].total()) * random.uniform(0.5, 1.0)
+        delay = _backoff(self.faults[index].total()) * random.uniform(0.5, 1.0)
         asyncio.get_running_loop().call_later(delay, self.events.put_nowait, partial(self.pending.append, index))
+
+    def _ask_less(self, server: _Server, fault: Fault) -> None:
+        """It may have run out of memory: what it reads at once is halved, for the rest of this call."""
+        server.tokens = max(1, server.tokens // 2)
+        self.say(
+            f"{fault}; {server.tokens:,} tokens are asked of it at once from now on. If it runs out of memory, lower "
+            "sampling.server.score_tokens, or --max-num-batched-tokens and --gpu-memory-utilization there"
+        )
 
     def _count(self, index: int, fault: Fault) -> None:
         """Raises what a request fails with in the end."""
@@ -198,12 +212,10 @@ class Round:
                     self.say(f"{server.url} is back")
                     server.said = False
             return
-        if error.slow and server.up:
-            return  # busy with its work; the time for a response bounds that
         server.away = str(error)
-        if not error.slow:
-            server.misses += 1
-        if server.misses >= 2 or not server.flying:
+        server.misses += SLOW_MISS if error.slow else 1
+        at_work = server.flying or (error.slow and server.up)
+        if server.misses >= 2 or not at_work:
             server.up = False
             self._take_over(server)
 
@@ -275,6 +287,12 @@ class Round:
 
 def _raise(error: BaseException) -> None:
     raise error
+
+
+def _backoff(times: int) -> float:
+    """Seconds, doubled up to the most with every time; "busy" has no bound, and a float has one."""
+    low, high = BACKOFF_S
+    return min(high, low * 2 ** min(times, 30))
 
 
 def _remedy(kind: str) -> str:

@@ -123,7 +123,7 @@ def _best(entry: Any, actual: int, k: int, at: int) -> list[tuple[int, float]]:
         raise _wrong(f"an id twice, or one below 0, {where}", "use a vLLM that says what 0.32 does")
     if actual not in held:
         raise _wrong(f"nothing on token {actual}, which stands {where}", "it has read another prompt: look at its log")
-    bad = [value for value in held.values() if math.isnan(value) or value > MASS or value == math.inf]
+    bad = [value for value in held.values() if not math.isfinite(value) or value > MASS]
     if bad:
         raise _wrong(
             f"a log-probability of {bad[0]} {where}", "its weights or its arithmetic are broken: look at its log"

@@ -17,7 +17,7 @@ import httpx2
 
 from mpd_jax.types import UserError
 
-CONNECT_S = 10.0
+CONNECT_S = 5.0  # less than LOOK_S: a host that has vanished takes no connection, a busy server takes its time
 LOOK_S = 10.0  # for an answer that costs the server nothing
 LEAST_VERSION = (0, 10, 2)  # the first to answer token ids (return_token_ids)
 REJECTED = (401, 403)
@@ -117,8 +117,13 @@ class Wire:
                 response = await client.request(method, f"{url}{path}", content=content, headers=headers)
         except TimeoutError:
             raise Unreachable(f"{url}{path}: no answer within {timeout_s:g} s", slow=True) from None
-        except (httpx2.RequestError, httpx2.InvalidURL) as error:
+        except httpx2.ConnectTimeout as error:
+            raise Unreachable(f"{url}: nobody answers there (no connection within {CONNECT_S:g} s)") from error
+        except (httpx2.ConnectError, httpx2.InvalidURL) as error:
             raise Unreachable(f"{url}: nobody answers there ({_cause(error)})") from error
+        except httpx2.RequestError as error:
+            said = f"the connection ended before the answer did ({_cause(error)})"
+            raise Unreachable(f"{url}{path}: {said}") from error
         return response.status_code, response.text
 
     async def call(

@@ -45,19 +45,7 @@ TEACHER_WRITES = [
 
 @pytest.fixture(scope="module")
 def teacher():
-    """The shipped teacher, as a server reads it: the last position alone, each prefix once."""
-    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    model = Model(load_config(TINY / "teacher"))
-    weights = load_weights(TINY / "teacher", model, mesh)
-    all_BTV = jax.jit(lambda tokens_BT: jax.nn.log_softmax(model.logits(weights, tokens_BT)))
-
-    @cache
-    def last_1V(ids):
-        tokens = np.zeros((1, -(-len(ids) // 64) * 64), np.int32)
-        tokens[0, : len(ids)] = ids
-        return np.asarray(all_BTV(tokens)[0, len(ids) - 1])[None].astype(np.float64)
-
-    return lambda ids: last_1V(tuple(ids))
+    return model_in(str(TINY / "teacher"))
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +109,14 @@ def server(teacher):
         yield server
 
 
-def test_rewriting_on_a_server_that_dies_trains_the_same_student(tmp_path, server, compiled):
+def test_rewriting_on_a_server_that_dies_trains_the_same_student(tmp_path, server, compiled, capsys):
     here = trained(tmp_path / "here", compiled)
     dying = Dying(server, at=3)
     served = trained(tmp_path / "served", compiled, f"teacher.serve={server.url}")
     dying.over.set()
     assert dying.deaths == 1
+    told = " ".join("".join(capsys.readouterr()).split())
+    assert "teacher.path: over 3,008 positions server and JAX differ by" in told
     assert served[:2] == here[:2] and len(here[0]) == 8
     assert {t.verdict for t in here[0]} > {"kept"}
     assert served[2]["after"] == here[2]["after"]
@@ -136,7 +126,7 @@ def test_rewriting_on_a_server_that_dies_trains_the_same_student(tmp_path, serve
     assert not list((tmp_path / "served" / "trajectories").glob("unfinished*"))
 
 
-def student_in(directory: str):
+def model_in(directory: str):
     """The logprobs of every position by the weights in a directory, as a server that reads it would answer them."""
     mesh, model = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), Model(load_config(directory))
     weights = load_weights(directory, model, mesh)
@@ -154,8 +144,8 @@ def student_in(directory: str):
 def test_a_served_student_writes_with_the_weights_of_its_step_and_every_push_is_on_disk(tmp_path, compiled):
     written = ["sampling.writer={temperature: 0.0, max_tokens: 32}"]
     here = trained(tmp_path / "here", compiled, *written)
-    start = student_in(str(TINY / "student"))
-    with FakeServer(start, vocab_size=512, window=WINDOW, eos_id=END, read_weights=student_in) as server:
+    start = model_in(str(TINY / "student"))
+    with FakeServer(start, vocab_size=512, window=WINDOW, eos_id=END, read_weights=model_in) as server:
         served = trained(tmp_path / "served", compiled, *written, f"student.serve={server.url}")
     assert served[:2] == here[:2] and served[2]["after"] == here[2]["after"]
     pushes = read_rows(tmp_path / "served" / "pushes.jsonl")
