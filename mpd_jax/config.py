@@ -276,7 +276,7 @@ def _check_training(config: RunConfig) -> None:
     if kept and every >= steps:
         raise UserError(
             f"train.keep_best: {kept} is measured every eval.every = {every} steps, and the run ends with step {steps} "
-            "(train.steps) before it was; lower eval.every, or leave train.keep_best out"
+            "(train.steps), so that there is but one to choose from; lower eval.every, or leave train.keep_best out"
         )
     if profiled and profiled[0] >= steps:
         raise UserError(

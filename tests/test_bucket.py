@@ -16,7 +16,7 @@ from google.cloud import storage
 from mpd_jax import config, files, hosts, lock
 from mpd_jax.files import Lines, read, write_atomically, written_here
 from mpd_jax.lock import locked
-from mpd_jax.run import record_process, refuse_another_run
+from mpd_jax.run import recorded_cost, refuse_another_run
 from mpd_jax.train.checkpoint import Checkpoints
 from mpd_jax.train.metrics import Metrics, Seconds, read_rows
 from mpd_jax.train.records import Records
@@ -265,8 +265,9 @@ def test_the_config_and_the_processes_of_a_run_are_kept(run_dir):
     assert config.load(str(run_dir / "config.yaml")) == settings
     with pytest.raises(UserError, match=r"run.seed = 1, and 0 there"):
         refuse_another_run(run_dir, config.load(QUICKSTART, ["run.seed=1"]))
-    for steps in (2, 3):
-        record_process(run_dir, steps, 1.0)
+    for start, step in ((0, 2), (2, 5)):
+        with recorded_cost(run_dir, start, 5, 0.0) as saving:
+            saving(step)
     assert [row["steps"] for row in read_rows(run_dir / "processes.jsonl")] == [2, 3]
 
 
@@ -292,7 +293,7 @@ def test_a_checkpoint_reads_back_the_same_bits_and_the_oldest_goes(run_dir, open
     state = make_state()
     assert saved.restore(abstract(state)) is None
     for step, accuracy in ((3, 0.9), (4, 0.1), (5, 0.2), (6, 0.3)):
-        saved.note(step, {"accuracy": accuracy})
+        saved.note(step, {"accuracy": accuracy}, None)
         saved.save(state._replace(step=step))
     saved.wait()
     assert names(saved.directory) == ["3", "5", "6", "figures.json"]

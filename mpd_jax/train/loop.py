@@ -43,9 +43,9 @@ class Parts:
     load_student:   hands weights and their version (updates done) to the student's sampler.
     teacher_weights: what the target is read with, unless the state holds a self copy.
     refresh:        (self copy, student weights, updates done) -> self copy.
-    evaluate:       (state) -> its figures by name, after every `eval_every` updates (0: never) but the last, which the
-                    caller measures; the student's sampler has been loaded. Asked again for a state that it has
-                    measured, it answers from what is stored.
+    evaluate:       (state), after every `eval_every` updates (0: never) but the last, which the caller measures; the
+                    student's sampler has been loaded. It may be asked again for a state that it has measured.
+    saving:         (updates done) is called before each save.
     profile_steps:  first and last step of the trace under run_dir/profile; of several processes each has a directory.
     lookahead:      1: the next step's trajectories are made in a thread while this step trains, by weights one older.
     grade:          share of the written trajectories that are right, if that can be told cheaply.
@@ -68,7 +68,8 @@ class Parts:
     score: Callable[[Sequence[Problem], Sequence[Trajectory], int], Sequence[Trajectory]] | None = None
     teacher_weights: PyTree | None = None
     refresh: Callable[[PyTree, PyTree, int], PyTree] | None = None
-    evaluate: Callable[[RunState], dict[str, float] | None] | None = None
+    evaluate: Callable[[RunState], None] | None = None
+    saving: Callable[[int], None] | None = None
     grade: Callable[[Sequence[Problem], Sequence[Trajectory]], float | None] | None = None
     profile_steps: tuple[int, int] | None = None
     lookahead: int = 0
@@ -271,9 +272,7 @@ class _Run:
             self.ahead.wait()  # the same sampler answers with other weights from here on
         self.parts.clock.begin(state.step - 1, "evaluate")
         self.load(state)
-        figures = self.parts.evaluate(state)
-        if figures is not None:
-            self.parts.checkpoints.note(state.step, figures)
+        self.parts.evaluate(state)
         self.parts.clock.take()()
 
     def save(self, state: RunState) -> None:
@@ -283,6 +282,8 @@ class _Run:
             return
         self.parts.metrics.flush()
         self.parts.clock.begin(state.step - 1, "save")
+        if self.parts.saving is not None:
+            self.parts.saving(state.step)
         self.parts.checkpoints.save(state)
         self.saved = state.step
         self.parts.clock.take()()
