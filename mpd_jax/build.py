@@ -173,6 +173,8 @@ def build(
     require_what_is_read(config.recipe, training)
     check_sizes(config, roles, mesh, [*training, *heldout[: config.eval.problems]])
     hosts.require_same("the config, the problems or the version of mpd-jax", _digest(config, training, heldout))
+    for key, fingerprint in roles.fingerprints(config.recipe).items():
+        hosts.require_same(f"{key}: a file of the model", fingerprint)
 
     settings = _fingerprint(config)
     student = roles.student
