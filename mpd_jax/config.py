@@ -110,13 +110,15 @@ class RunConfig:
 
     @property
     def reproducible(self) -> bool:
-        """Whether run.seed decides every random draw: it does not on servers that are sent no seed.
+        """Whether run.seed decides the run, stopped or not: it does not on servers that are sent no seed, nor where the
+        student's text of a step is made ahead, for after a stop newer weights make it.
 
         Of rounding it says nothing: where other devices, or the other requests in a server's batch, change the last
         bits of a logit, a draw that was close falls otherwise.
         """
         asked = (getattr(self, name) for name in {"student", *self.voices})  # the student, to be evaluated
-        return self.sampling.server.seed == "request" or not any(section.servers for section in asked)
+        seeded = self.sampling.server.seed == "request" or not any(section.servers for section in asked)
+        return seeded and not (self.sampling.lookahead and "student" in self.voices)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

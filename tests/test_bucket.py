@@ -115,6 +115,31 @@ def test_lines_are_in_the_object_soon_after_and_at_a_flush_and_a_later_start_goe
     lines.close()
 
 
+def test_no_line_waits_for_a_put_and_the_next_put_takes_it_along(run_dir, monkeypatch):
+    monkeypatch.setattr(files, "PUT_AFTER_S", 1000.0)
+    path, began, over = run_dir / "phase.log", threading.Event(), threading.Event()
+    lines, put = Lines(path), type(path).write_bytes
+
+    def slow(path, data):
+        began.set()
+        assert over.wait(30)
+        return put(path, data)
+
+    monkeypatch.setattr(type(path), "write_bytes", slow)
+    lines.add("one")
+    putting, adding = threading.Thread(target=lines.flush), threading.Thread(target=lines.add, args=("two",))
+    putting.start()
+    assert began.wait(30)
+    adding.start()
+    adding.join(5)
+    waits = adding.is_alive()
+    over.set()
+    putting.join(30)
+    assert not waits and read(path) == b"one\n"
+    lines.close()
+    assert read(path) == b"one\ntwo\n"
+
+
 def test_an_outage_costs_no_line_and_is_told_at_a_flush(run_dir, monkeypatch):
     monkeypatch.setattr(files, "PUT_AFTER_S", 0.0)
     path, tried = run_dir / "metrics.jsonl", threading.Event()
