@@ -246,6 +246,7 @@ def test_rows_tell_lengths_verdicts_entropies_and_wall_shares(straight, tmp_path
     row = read_rows(tmp_path / "metrics.jsonl")[1]
     assert row["response_tokens"] == row["written_tokens"] - 1
     assert row["verdicts"] == {"kept": 4} and row["rollout_accuracy"] == 0.5
+    assert row["scored_total"] == row["trained"] * len(PROMPT) + row["tokens"]
     assert row["student_entropy"] > 0 and row["target_entropy"] > 0
     assert row["divergence_by_position"][0]["tokens"] > 0
     shares = [row[f"{phase}_share"] for phase in ("load", "write", "rewrite", "train")]

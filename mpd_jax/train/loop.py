@@ -296,13 +296,18 @@ def staleness(step: int, trajectories: Sequence[Trajectory]) -> int:
 
 
 def rows_of(batch: Batch | None) -> Row:
-    """How many trajectories are trained on, in how many rows of how many tokens, and the share that is padding."""
+    """How many trajectories are trained on, in how many rows of how many tokens, and the share that is padding.
+
+    scored_total: tokens that the target reads, prompts among them; of one on servers as after the student's prompts.
+    """
     if batch is None:
-        return {"trained": 0}
+        return {"trained": 0, "scored_total": 0}
     first_BR = (np.asarray(batch.index_BR) == 0) & (np.asarray(batch.weight_BR) > 0)
     rows, length = batch.student_segments_BT.shape
     padding = float(np.mean(np.asarray(batch.student_segments_BT) == 0))
-    return {"trained": int(first_BR.sum()), "rows": rows, "row_length": length, "padding": round(padding, 6)}
+    read_BT = batch.target_segments_BT if batch.top_ids_BRK is None else batch.student_segments_BT
+    row: Row = {"trained": int(first_BR.sum()), "scored_total": int(np.count_nonzero(read_BT))}
+    return {**row, "rows": rows, "row_length": length, "padding": round(padding, 6)}
 
 
 def save_batch(path: AnyPath, batch: Batch, problem_ids: Sequence[str]) -> None:
