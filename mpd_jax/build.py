@@ -204,7 +204,7 @@ def build(
         load_frozen(samplers, roles, mesh, teacher_weights)
         graders = stack.enter_context(GraderPool(config.recipe.rewrite.grader, workers=1))
         recipe = _recipe(config, roles, samplers, graders, state.memory, progress)
-        target_files = roles.target(config.recipe)
+        target_files, update = roles.target(config.recipe), update_of(config, roles, mesh)
         parts = Parts(
             run_dir=run_dir,
             steps=config.train.steps,
@@ -214,7 +214,7 @@ def build(
             write=recipe.write,
             rewrite=recipe.rewrite,
             to_batch=partial(batch_to_train_on, config, mesh, student, target_files),
-            update=_update(config, roles, mesh, base, whole),
+            update=_update(config, update, base, whole),
             load_student=samplers.load_student if samplers.follows else lambda weights, version: None,
             checkpoints=checkpoints,
             records=Records(run_dir, config.run.seed, settings),
@@ -226,6 +226,7 @@ def build(
             profile_steps=config.train.profile_steps,
             lookahead=config.sampling.lookahead,
             grade=partial(_share_right, chat=student.chat),
+            traces=lambda: update.traces,
         )
         close = stack.pop_all().close
     return Run(
@@ -268,10 +269,9 @@ def _keeps_copy(config: RunConfig, student: ModelFiles) -> bool:
 
 
 def _update(
-    config: RunConfig, roles: Roles, mesh: Mesh, base: Any, whole: Callable[[Any], Any]
+    config: RunConfig, update: Update, base: Any, whole: Callable[[Any], Any]
 ) -> Callable[[Trained, Any, Batch], tuple[Trained, Out]]:
     """The jitted update, given what no step changes. A self target without a copy is the student's base."""
-    update = update_of(config, roles, mesh)
 
     def step(trained: Trained, target_weights: Any, batch: Batch) -> tuple[Trained, Out]:
         return update(trained, whole(target_weights) if config.recipe.target.is_self else target_weights, batch, base)

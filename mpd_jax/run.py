@@ -343,6 +343,7 @@ def summarise(
         "paired_accuracy_difference": differences,
         "rows": [row.summary() for row in rows],
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "compilations": sum(row.get("compilations", 0) for row in steps),
         "reproducible": settings.reproducible,
         "peak_memory_bytes": max(process["peak_memory_bytes"] for process in processes),
         "versions": versions(),

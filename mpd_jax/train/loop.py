@@ -45,6 +45,7 @@ class Parts:
     refresh:        (self copy, student weights, updates done) -> self copy.
     evaluate:       (state), after every `eval_every` updates (0: never) but the last, which the caller measures; the
                     student's sampler has been loaded. It may be asked again for a state that it has measured.
+    traces:         how often the update was traced in this process, once for each shape of a batch.
     saving:         (updates done) is called before each save.
     profile_steps:  first and last step of the trace under run_dir/profile; of several processes each has a directory.
     lookahead:      1: the next step's trajectories are made in a thread while this step trains, by weights one older.
@@ -69,6 +70,7 @@ class Parts:
     teacher_weights: PyTree | None = None
     refresh: Callable[[PyTree, PyTree, int], PyTree] | None = None
     evaluate: Callable[[RunState], None] | None = None
+    traces: Callable[[], int] = lambda: 0
     saving: Callable[[int], None] | None = None
     grade: Callable[[Sequence[Problem], Sequence[Trajectory]], float | None] | None = None
     profile_steps: tuple[int, int] | None = None
@@ -118,6 +120,7 @@ class _Run:
         self.held: dict[int, tuple[Sequence[Problem], Batch]] = {}
         self.profiling, self.trace = False, ExitStack()
         self.ahead: Ahead | None = None
+        self.traces = 0
 
     def profile(self, step: int | None) -> None:
         """Starts the trace at its first step and ends it after its last, or when there are no more steps (None)."""
@@ -237,6 +240,8 @@ class _Run:
         row = summarise(trajectories)
         row |= rows_of(batch)
         row["staleness"] = staleness(step, trajectories)
+        traces, self.traces = self.traces, self.parts.traces()
+        row["compilations"] = self.traces - traces
         row["too_long"] = row["trajectories"] - row["dropped"] - row["trained"]
         if self.parts.grade is not None:
             row["rollout_accuracy"] = self.parts.grade(problems, [t.original or t for t in trajectories])
