@@ -168,6 +168,7 @@ def build(
     """Everything a run needs, in the order of the module's list. roles: if they are open already."""
     mesh = make_mesh(config.mesh)
     roles = roles or open_roles(config)
+    hosts.check()  # here and below: between steps that take minutes where models are large
     training, heldout = read_problems(config.problems, "train"), read_problems(config.problems, "heldout")
     refuse_overlap(training, heldout)
     require_what_is_read(config.recipe, training)
@@ -175,6 +176,7 @@ def build(
     hosts.require_same("the config, the problems or the version of mpd-jax", _digest(config, training, heldout))
     for key, fingerprint in roles.fingerprints(config.recipe).items():
         hosts.require_same(f"{key}: a file of the model", fingerprint)
+    hosts.check()
 
     settings = _fingerprint(config)
     student = roles.student
@@ -190,7 +192,9 @@ def build(
         )
         stack.callback(checkpoints.close)
         state = _start(config, student, mesh, checkpoints, run_dir, say)
+        hosts.check()
         base = student.base(mesh)
+        hosts.check()
         whole = partial(student.trains.over, base)
         metrics, clock = Metrics(run_dir, state.step, live), Clock(phases)
         stack.callback(metrics.close)
@@ -200,8 +204,10 @@ def build(
         score = scoring(config, roles, serving.servers, progress)
         teacher = roles.teacher_here(config.recipe)
         teacher_weights = teacher.weights(mesh) if teacher else None
+        hosts.check()
         samplers = make_samplers(config, roles, mesh, whole, serving.sampler)
         load_frozen(samplers, roles, mesh, teacher_weights)
+        hosts.check()
         graders = stack.enter_context(GraderPool(config.recipe.rewrite.grader, workers=1))
         recipe = _recipe(config, roles, samplers, graders, state.memory, progress)
         target_files, update = roles.target(config.recipe), update_of(config, roles, mesh)

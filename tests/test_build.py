@@ -52,3 +52,24 @@ def test_a_host_whose_model_is_another_is_named_with_the_section_before_weights_
     monkeypatch.setattr(ModelFiles, "weights", None)
     with pytest.raises(UserError, match="teacher: a file of the model: process 1 of 2 has read something else"):
         build.build(settings, tmp_path, print, print, lambda title, total: nullcontext(print), roles=roles)
+
+
+@pytest.mark.parametrize("loaded", [0, 1, 2])
+def test_a_stop_is_obeyed_before_the_next_weights_are_read(tmp_path, monkeypatch, loaded):
+    """Student, then teacher, then a rewriter of its own; asked to stop at first, or while one of the two is read."""
+    read, weights = [], ModelFiles.weights
+
+    def reading(files, mesh):
+        read.append(files.key)
+        return weights(files, mesh)
+
+    def check():
+        if len(read) == loaded:
+            raise hosts.Stopped
+
+    monkeypatch.setattr(ModelFiles, "weights", reading)
+    monkeypatch.setattr(hosts, "check", check)
+    settings = config.load(QUICKSTART, [*SMALL, "rewriter={path: 'tiny:teacher'}"])
+    with pytest.raises(hosts.Stopped, match="stopped before the run was set up, so there was nothing to save"):
+        build.build(settings, tmp_path, print, print, lambda title, total: nullcontext(print))
+    assert read == ["student", "teacher"][:loaded]
