@@ -1,6 +1,6 @@
 """The models of a run by the parts they play: their files, whether they fit together, and their samplers.
 
-Not here: weights that train (train/state.py), and what a recipe makes of the roles (build.py).
+Not here: weights that train (train/state.py), and what a recipe makes of the roles (rollouts.py).
 """
 
 import logging

@@ -30,6 +30,7 @@ from mpd_jax.eval.plot import plot_run
 from mpd_jax.files import AnyPath, write_atomically
 from mpd_jax.lock import locked
 from mpd_jax.roles import open_roles
+from mpd_jax.rollouts import stopping
 from mpd_jax.screen import Screen, live_line
 from mpd_jax.serving import Secrets
 from mpd_jax.train import loop
@@ -275,7 +276,7 @@ class Judged:
                 seed=run.config.run.seed,
                 context=context,
                 out_path=path,
-                progress=build.stopping(advance),
+                progress=stopping(advance),
             )
         content = {
             "settings": self._settings(),
