@@ -1,4 +1,4 @@
-"""RunConfig into live objects; the only place that matches on recipe values.
+"""RunConfig into live objects.
 
 1. mesh   2. model files, tokenizers, and whether they fit together   3. problems   4. whether sizes fit
 5. how the run starts: resume its checkpoint, else the Hugging Face weights   6. samplers   7. the recipe's callables
@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -19,14 +19,15 @@ from jax.sharding import Mesh
 from mpd_jax import __version__, hosts
 from mpd_jax.batches import batch_to_train_on
 from mpd_jax.config import RunConfig, flat, under
-from mpd_jax.data.chat import Chat, Contexts
+from mpd_jax.data.chat import Contexts
 from mpd_jax.data.problems import ProblemsConfig, ProblemSet, read, refuse_overlap
-from mpd_jax.eval.grade import GraderPool, grade
+from mpd_jax.eval.grade import GraderPool
 from mpd_jax.files import AnyPath, Lines
 from mpd_jax.recipe import rewrite, target, write
 from mpd_jax.recipe.recipe import Recipe
 from mpd_jax.roles import ModelFiles, Roles, open_model, open_roles
-from mpd_jax.samplers import Samplers, load_frozen, make_samplers, served_elsewhere
+from mpd_jax.rollouts import Progress, recipe_parts, share_right
+from mpd_jax.samplers import load_frozen, make_samplers, served_elsewhere
 from mpd_jax.sampling.agreement import Agreement
 from mpd_jax.sampling.probe import PROMPTS
 from mpd_jax.sampling.sampler import Sampler
@@ -49,7 +50,7 @@ from mpd_jax.train.state import (
     trained_shardings,
 )
 from mpd_jax.train.step import Out, Update, make_update
-from mpd_jax.types import Batch, Problem, Trajectory, UserError
+from mpd_jax.types import Batch, Problem, UserError
 
 TINY_TRAINING, TINY_HELDOUT = 20_000, 2_000
 
@@ -127,9 +128,6 @@ def check_sizes(config: RunConfig, roles: Roles, mesh: Mesh, problems: Sequence[
             )
 
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
-
-
 def _push(
     config: RunConfig,
     mesh: Mesh,
@@ -177,11 +175,15 @@ def build(
     """Everything a run needs, in the order of the module's list. roles: if they are open already."""
     mesh = make_mesh(config.mesh)
     roles = roles or open_roles(config)
+    hosts.check()  # here and below: between steps that take minutes where models are large
     training, heldout = read_problems(config.problems, "train"), read_problems(config.problems, "heldout")
     refuse_overlap(training, heldout)
     require_what_is_read(config.recipe, training)
     check_sizes(config, roles, mesh, [*training, *heldout[: config.eval.problems]])
     hosts.require_same("the config, the problems or the version of mpd-jax", _digest(config, training, heldout))
+    for key, fingerprint in roles.fingerprints(config.recipe).items():
+        hosts.require_same(f"{key}: a file of the model", fingerprint)
+    hosts.check()
 
     settings = _fingerprint(config)
     student = roles.student
@@ -197,7 +199,9 @@ def build(
         )
         stack.callback(checkpoints.close)
         state = _start(config, student, mesh, checkpoints, run_dir, say)
+        hosts.check()
         base = student.base(mesh)
+        hosts.check()
         whole = partial(student.trains.over, base)
         metrics, clock = Metrics(run_dir, state.step, live), Clock(phases)
         stack.callback(metrics.close)
@@ -215,6 +219,7 @@ def build(
         score = scoring(config, roles, serving.servers, progress)
         teacher = roles.teacher_here(config.recipe)
         teacher_weights = teacher.weights(mesh) if teacher else None
+        hosts.check()
         samplers = make_samplers(config, roles, mesh, whole, serving.sampler)
         load_frozen(samplers, roles, mesh, teacher_weights)
         for held in served_elsewhere(roles, teacher_weights):
@@ -222,9 +227,10 @@ def build(
                 f"{held.key}: that {', '.join(held.serve)} computes with {held.key}.path is unproved, for the mesh "
                 "does not hold these weights; `mpd-jax doctor` compares them"
             )
+        hosts.check()
         graders = stack.enter_context(GraderPool(config.recipe.rewrite.grader, workers=1))
-        recipe = _recipe(config, roles, samplers, graders, state.memory, progress)
-        target_files = roles.target(config.recipe)
+        recipe = recipe_parts(config, roles, samplers, graders, state.memory, progress)
+        target_files, update = roles.target(config.recipe), update_of(config, roles, mesh)
         parts = Parts(
             run_dir=run_dir,
             steps=config.train.steps,
@@ -234,7 +240,7 @@ def build(
             write=recipe.write,
             rewrite=recipe.rewrite,
             to_batch=partial(batch_to_train_on, config, mesh, student, target_files),
-            update=_update(config, roles, mesh, base, whole),
+            update=_update(config, update, base, whole),
             load_student=samplers.load_student if samplers.follows else lambda weights, version: None,
             checkpoints=checkpoints,
             records=records,
@@ -245,7 +251,8 @@ def build(
             refresh=partial(target.refresh, config.recipe.target),
             profile_steps=config.train.profile_steps,
             lookahead=config.sampling.lookahead,
-            grade=partial(_share_right, chat=student.chat),
+            grade=partial(share_right, chat=student.chat),
+            traces=lambda: update.traces,
         )
         close = stack.pop_all().close
     return Run(
@@ -288,10 +295,9 @@ def _keeps_copy(config: RunConfig, student: ModelFiles) -> bool:
 
 
 def _update(
-    config: RunConfig, roles: Roles, mesh: Mesh, base: Any, whole: Callable[[Any], Any]
+    config: RunConfig, update: Update, base: Any, whole: Callable[[Any], Any]
 ) -> Callable[[Trained, Any, Batch], tuple[Trained, Out]]:
     """The jitted update, given what no step changes. A self target without a copy is the student's base."""
-    update = update_of(config, roles, mesh)
 
     def step(trained: Trained, target_weights: Any, batch: Batch) -> tuple[Trained, Out]:
         return update(trained, whole(target_weights) if config.recipe.target.is_self else target_weights, batch, base)
@@ -393,75 +399,3 @@ def restored_student(config: RunConfig, run_dir: AnyPath, which: Which | None = 
     if state is None:
         raise UserError(f"{run_dir}: it holds no checkpoint yet; run `mpd-jax train {run_dir}/config.yaml` first")
     return Restored(files, mesh, config.run.seed, state.step, files.base(mesh), state.weights)
-
-
-@dataclass(frozen=True)
-class RecipeParts:
-    write: Callable[[Sequence[Problem], int], list[Trajectory]]
-    rewrite: Callable[[Sequence[Problem], Sequence[Trajectory], int], list[Trajectory]]
-
-
-def stopping(advance: Callable[..., None]) -> Callable[[int], None]:
-    """A sampler's progress that also looks whether the run was asked to stop: sampling can take many minutes."""
-
-    def progress(done: int) -> None:
-        advance(done)
-        hosts.check()
-
-    return progress
-
-
-def _correct(graders: GraderPool, answer: str, reference: str) -> bool:
-    """By process 0 alone: a grader that runs out of time on one host may not split the run."""
-    return hosts.from_main(lambda: graders.grade_many([(answer, reference)])[0].correct)
-
-
-def _recipe(
-    config: RunConfig, roles: Roles, samplers: Samplers, graders: GraderPool, memory: dict, progress: Progress
-) -> RecipeParts:
-    """Step 7. The rollback count of the state is folded into every key."""
-    recipe, sampling, seed = config.recipe, config.sampling, config.run.seed
-    student = roles.student.chat
-    match recipe.write.by:
-        case "dataset":
-            writer = write.DatasetWriter(student)
-        case role:
-            files = roles.student if role == "student" else roles.teacher
-            assert samplers.writer is not None and files is not None
-            writer = write.ModelWriter(
-                role, samplers.writer, files.chat, student, sampling.writer, recipe.write.attempts, seed
-            )
-    judge = rewrite.Judge(student, recipe.rewrite.keep, recipe.rewrite.fallback, partial(_correct, graders))
-    match recipe.rewrite.how:
-        case "nobody":
-            rewriter = rewrite.Nobody()
-        case "truncate":
-            rewriter = rewrite.Truncate(judge, recipe.rewrite.truncate_to, recipe.rewrite.truncate_ratio)
-        case "compress":
-            assert samplers.rewriter is not None and roles.rewriter is not None
-            window, chat = samplers.rewriter.max_length, roles.rewriter.chat
-            rewriter = rewrite.ModelRewriter(
-                recipe.rewrite.by, samplers.rewriter, chat, sampling.rewriter, judge, seed, window
-            )
-    rollbacks = int(memory.get("rollbacks", 0))
-
-    def write_step(problems: Sequence[Problem], step: int) -> list[Trajectory]:
-        with progress(f"step {step + 1}: writing", len(problems) * recipe.write.attempts) as advance:
-            return writer(problems, step, rollbacks=rollbacks, progress=stopping(advance))
-
-    def rewrite_step(problems: Sequence[Problem], written: Sequence[Trajectory], step: int) -> list[Trajectory]:
-        with progress(f"step {step + 1}: rewriting", len(written)) as advance:
-            return rewriter(problems, written, step, rollbacks=rollbacks, progress=stopping(advance))
-
-    return RecipeParts(write_step, rewrite_step)
-
-
-def _share_right(problems: Sequence[Problem], trajectories: Sequence[Trajectory], chat: Chat) -> float | None:
-    """The share of trajectories whose answer is right by plain rules; None if no problem has a reference."""
-    references = {problem.id: problem.answer for problem in problems}
-    graded = [
-        grade(chat.answer_text(t.response), reference).correct
-        for t in trajectories
-        if (reference := references[t.problem_id]) is not None
-    ]
-    return sum(graded) / len(graded) if graded else None

@@ -111,13 +111,15 @@ class RunConfig:
 
     @property
     def reproducible(self) -> bool:
-        """Whether run.seed decides every random draw: it does not on servers that are sent no seed.
+        """Whether run.seed decides the run, stopped or not: it does not on servers that are sent no seed, nor where the
+        student's text of a step is made ahead, for after a stop newer weights make it.
 
         Of rounding it says nothing: where other devices, or the other requests in a server's batch, change the last
         bits of a logit, a draw that was close falls otherwise.
         """
         asked = (getattr(self, name) for name in {"student", *self.voices})  # the student, to be evaluated
-        return self.sampling.server.seed == "request" or not any(section.servers for section in asked)
+        seeded = self.sampling.server.seed == "request" or not any(section.servers for section in asked)
+        return seeded and not (self.sampling.lookahead and "student" in self.voices)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -277,7 +279,7 @@ def _check_training(config: RunConfig) -> None:
     if kept and every >= steps:
         raise UserError(
             f"train.keep_best: {kept} is measured every eval.every = {every} steps, and the run ends with step {steps} "
-            "(train.steps) before it was; lower eval.every, or leave train.keep_best out"
+            "(train.steps), so that there is but one to choose from; lower eval.every, or leave train.keep_best out"
         )
     if profiled and profiled[0] >= steps:
         raise UserError(

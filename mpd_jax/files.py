@@ -155,10 +155,11 @@ class Lines:
 
 
 class _GrowingObject:
-    """A file without append: all of it is put anew, by a thread soon after a write, or by `flush`."""
+    """A file without append: all of it is put anew, by a thread soon after a write, or by `flush`. No write waits for
+    a put."""
 
     def __init__(self, path: epath.Path):
-        self._path, self._lock = path, Lock()
+        self._path, self._lock, self._putting = path, Lock(), Lock()
         self._timer: Timer | None = None
         self._data = read(path) or b""
         self._there = len(self._data)
@@ -176,12 +177,14 @@ class _GrowingObject:
             self.flush()
 
     def flush(self) -> None:
-        with self._lock:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-            if len(self._data) > self._there:
-                self._path.write_bytes(self._data)
-                self._there = len(self._data)
+        with self._putting:
+            with self._lock:
+                if self._timer is not None:
+                    self._timer.cancel()
+                    self._timer = None
+                data = self._data
+            if len(data) > self._there:
+                self._path.write_bytes(data)
+                self._there = len(data)
 
     close = flush

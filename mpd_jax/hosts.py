@@ -39,6 +39,9 @@ Say = Callable[[str], None]
 class Stopped(BaseException):
     """The run was asked to stop. Nothing but the command ends it; it says what was saved by then."""
 
+    def __init__(self, said: str = "stopped before the run was set up, so there was nothing to save"):
+        super().__init__(said)
+
 
 class _Shared:
     """The coordination service's store, and what this process has done with it.

@@ -1,6 +1,6 @@
 """The models of a run by the parts they play: their files, whether they fit together, and their samplers.
 
-Not here: weights that train (train/state.py), and what a recipe makes of the roles (build.py).
+Not here: weights that train (train/state.py), and what a recipe makes of the roles (rollouts.py).
 """
 
 import logging
@@ -19,7 +19,7 @@ from mpd_jax.data.chat import Chat, Contexts, require_same_prompts, require_same
 from mpd_jax.models.config import ModelConfig, ModelSpec
 from mpd_jax.models.decoder import Model
 from mpd_jax.models.hf_weights import eos_ids, load_config, load_weights
-from mpd_jax.models.locate import locate
+from mpd_jax.models.locate import fingerprint, locate
 from mpd_jax.models.lora import Adapted, StudentSpec
 from mpd_jax.models.peft import load_adapter
 from mpd_jax.recipe.recipe import Recipe
@@ -132,6 +132,16 @@ class Roles:
         """The teacher, if its weights are needed on the mesh: to be read as the target, or to answer unserved."""
         read = self.target_here(recipe) is self.teacher
         return self.teacher if self.teacher and (read or not self.teacher.serve) else None
+
+    def fingerprints(self, recipe: Recipe) -> dict[str, str]:
+        """By config key a hash of the model's files that are read here; of weights that only its servers hold, none."""
+        found = {}
+        for files in (files for files in (self.student, self.teacher, self.rewriter) if files):
+            weights = files is self.student or files is self.teacher_here(recipe) or not files.serve
+            found[files.key] = fingerprint(files.directory, weights)
+            if files.adapter is not None:
+                found[f"{files.key}.adapter"] = fingerprint(files.adapter, weights)
+        return found
 
 
 def assign_roles(config: RunConfig, open_model: Callable[[str, ModelSpec, Contexts], ModelFiles]) -> Roles:

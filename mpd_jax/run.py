@@ -12,7 +12,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -30,6 +30,7 @@ from mpd_jax.eval.plot import plot_run
 from mpd_jax.files import AnyPath, write_atomically
 from mpd_jax.lock import locked
 from mpd_jax.roles import open_roles
+from mpd_jax.rollouts import stopping
 from mpd_jax.screen import Screen, live_line
 from mpd_jax.serving import Secrets
 from mpd_jax.train import loop
@@ -96,14 +97,14 @@ def train(settings: RunConfig, secrets: Secrets = lambda name: None) -> AnyPath:
             secrets,
             roles=roles,
         )
-        with closing(run), telling_what_is_saved(run.parts.checkpoints):
+        cost = recorded_cost(run_dir, state.step, steps, began)
+        with closing(run), telling_what_is_saved(run.parts.checkpoints), cost as saving:
             write_atomically(run_dir / "config.yaml", config.to_yaml(settings))
             judged = Judged(run, screen)
             judged.forget_after(state.step)
             before = judged.base(state)
-            start = state.step
-            if start < steps:
-                state = loop.train(dataclasses.replace(run.parts, evaluate=judged.between), state)
+            if state.step < steps:
+                state = loop.train(dataclasses.replace(run.parts, evaluate=judged.between, saving=saving), state)
             else:
                 screen.say(f"all {steps} steps are done; raise train.steps to go on")
             measured = [*before, *judged.trained(state)]
@@ -112,8 +113,7 @@ def train(settings: RunConfig, secrets: Secrets = lambda name: None) -> AnyPath:
 
         def sum_up() -> None:
             rows[:] = with_truncation(run_dir, measured)
-            record_process(run_dir, state.step - start, time.perf_counter() - began)
-            summary = summarise(run_dir, settings, rows, judged.seconds)
+            summary = summarise(run_dir, settings, rows, judged.seconds())
             write_atomically(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
             run.forget()
             plot_run(read_rows(run_dir / "metrics.jsonl"), judged.curve(measured), run_dir / "curves.png")
@@ -184,7 +184,6 @@ class Judged:
 
     run: build.Run
     screen: Screen
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def base(self, state: RunState) -> list[EvalRow]:
         """The untrained student: as it is, and merely asked for fewer words. Rows are process 0's alone, here and
@@ -198,19 +197,21 @@ class Judged:
             run.load_student(state.weights if state.step == 0 else run.student.start(run.mesh, run.config.run.seed), 0)
         return [row for name, context in wanted for row in self._evaluate(name, context)]
 
-    def between(self, state: RunState) -> dict[str, float]:
-        """In the middle of training. The figures that train.keep_best may name, at the first temperature."""
-        name = f"step {state.step}"
+    def between(self, state: RunState) -> None:
+        """In the middle of training."""
+        self._student(f"step {state.step}", state)
+
+    def trained(self, state: RunState) -> list[EvalRow]:
+        return self._student(f"{TRAINED}, step {state.step}", state)
+
+    def _student(self, name: str, state: RunState) -> list[EvalRow]:
+        """The student as it is. Noted are the figures that train.keep_best may name, at the first temperature."""
         if not self._stored(name):
             self.run.load_student(state.weights, state.step)
         rows = self._evaluate(name, "plain")
-        return hosts.from_main(lambda: {"accuracy": rows[0].accuracy, "mean_tokens": rows[0].mean_tokens})
-
-    def trained(self, state: RunState) -> list[EvalRow]:
-        name = f"{TRAINED}, step {state.step}"
-        if not self._stored(name):
-            self.run.load_student(state.weights, state.step)
-        return self._evaluate(name, "plain")
+        figures = hosts.from_main(lambda: {"accuracy": rows[0].accuracy, "mean_tokens": rows[0].mean_tokens})
+        self.run.parts.checkpoints.note(state.step, figures, self._settings())
+        return rows
 
     def forget_after(self, step: int) -> None:
         """Removes what was measured of later steps: a resumed run may come to other weights there."""
@@ -218,6 +219,11 @@ class Judged:
             number = re.search(r"step (\d+)$", path.stem)
             if number and int(number[1]) > step:
                 files.remove(path)
+
+    def seconds(self) -> dict[str, float]:
+        """Of every stored evaluation, whichever process made it."""
+        heads = {path.stem: self._head(path.stem) for path in sorted(self._path("").parent.glob("*.json"))}
+        return {f"evaluate {name}": head["seconds"] for name, head in heads.items() if "seconds" in head}
 
     def curve(self, rows: Sequence[EvalRow]) -> list[tuple[int, EvalRow]]:
         """Every stored evaluation with its step."""
@@ -245,20 +251,20 @@ class Judged:
         return hosts.from_main(lambda: self._is_stored(name))
 
     def _is_stored(self, name: str) -> bool:
-        data = files.read(self._path(name).with_suffix(".json"))
+        return self._head(name).get("settings") == self._settings()
+
+    def _head(self, name: str) -> dict[str, Any]:
+        """What is known of an evaluation beside its samples; nothing if it is absent or damaged, and made again."""
         try:
-            return json.loads(data or b"")["settings"] == self._settings()
-        except (ValueError, LookupError, TypeError):  # absent or damaged: it is made again
-            return False
+            head = json.loads(files.read(self._path(name).with_suffix(".json")) or b"")
+        except ValueError:
+            return {}
+        return head if isinstance(head, dict) else {}
 
     def _evaluate(self, name: str, context: str) -> list[EvalRow]:
         path, run = self._path(name), self.run
-        head = path.with_suffix(".json")
         if self._stored(name):
-            if not hosts.is_main():
-                return []
-            self.seconds[f"evaluate {name}"] = json.loads(files.read(head) or b"")["seconds"]
-            return evaluation.read_rows(path)
+            return evaluation.read_rows(path) if hosts.is_main() else []
         began = time.perf_counter()
         with self.screen.bar(f"evaluating {name}", evaluation.count(run.heldout, run.config.eval)) as advance:
             rows = evaluation.evaluate(
@@ -270,15 +276,14 @@ class Judged:
                 seed=run.config.run.seed,
                 context=context,
                 out_path=path,
-                progress=build.stopping(advance),
+                progress=stopping(advance),
             )
-        self.seconds[f"evaluate {name}"] = time.perf_counter() - began
         content = {
             "settings": self._settings(),
-            "seconds": self.seconds[f"evaluate {name}"],
+            "seconds": time.perf_counter() - began,
             "rows": [row.summary() for row in rows],
         }
-        write_atomically(head, json.dumps(content, indent=2) + "\n")
+        write_atomically(path.with_suffix(".json"), json.dumps(content, indent=2) + "\n")
         return rows
 
 
@@ -293,13 +298,28 @@ def with_truncation(run_dir: AnyPath, rows: Sequence[EvalRow]) -> list[EvalRow]:
     return [*(row for row in rows if not row.name.startswith(TRAINED)), *controls, *trained]
 
 
-def record_process(run_dir: AnyPath, steps: int, seconds: float) -> None:
-    """One line a process that trained: a run that was resumed cost what all of them cost."""
-    path = run_dir / "processes.jsonl"
-    lines = (files.read(path) or b"").decode()
-    if steps or not lines:
-        line = {"steps": steps, "seconds": round(seconds, 3), "peak_memory_bytes": peak_memory()}
-        write_atomically(path, lines + json.dumps(line) + "\n")
+@contextmanager
+def recorded_cost(run_dir: AnyPath, start: int, steps: int, began: float) -> Iterator[Callable[[int], None]]:
+    """This process's line of processes.jsonl: a run that was resumed cost what all of them cost.
+
+    Yields what is called with the number of updates before each save; the line is written then and at the end, however
+    that comes. A process that finds the run over (all `steps` done and summed up) adds none.
+    """
+    path, done = run_dir / "processes.jsonl", start
+    found = hosts.from_main(lambda: [(files.read(path) or b"").decode(), files.is_file(run_dir / "summary.json")])
+    lines, summed_up = found
+
+    def saving(step: int) -> None:
+        nonlocal done
+        done, seconds = step, time.perf_counter() - began
+        line = {"steps": done - start, "seconds": round(seconds, 3), "peak_memory_bytes": peak_memory()}
+        write_atomically(path, f"{lines}{json.dumps(line)}\n")
+
+    try:
+        yield saving
+    finally:
+        if start < steps or not summed_up:
+            saving(done)
 
 
 def summarise(
@@ -324,6 +344,7 @@ def summarise(
         "paired_accuracy_difference": differences,
         "rows": [row.summary() for row in rows],
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "compilations": sum(row.get("compilations", 0) for row in steps),
         "reproducible": settings.reproducible,
         "peak_memory_bytes": max(process["peak_memory_bytes"] for process in processes),
         "versions": versions(),

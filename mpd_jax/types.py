@@ -43,6 +43,7 @@ class Trajectory:
     verdict: why a rewrite was kept, replaced by its original or dropped; "written" where nobody rewrote.
     dropped: True keeps the trajectory in the records and out of the batch.
     logprobs: the writer's own log-probability of each response token at temperature 1, or empty.
+    rewriting: tokens that a rewriter read and answered for it, its own thinking among them, whatever the verdict.
     target: what a target on servers says of the response. It is not in the records: a target that never changes says it
     again, and it is a hundred times as long as the ids.
     """
@@ -58,6 +59,7 @@ class Trajectory:
     dropped: bool = False
     original: "Trajectory | None" = None
     logprobs: tuple[float, ...] = ()
+    rewriting: tuple[int, int] = (0, 0)
     target: TopK | None = field(default=None, compare=False, repr=False)
 
 

@@ -16,7 +16,7 @@ from google.cloud import storage
 from mpd_jax import config, files, hosts, lock
 from mpd_jax.files import Lines, read, write_atomically, written_here
 from mpd_jax.lock import locked
-from mpd_jax.run import record_process, refuse_another_run
+from mpd_jax.run import recorded_cost, refuse_another_run
 from mpd_jax.train.checkpoint import Checkpoints
 from mpd_jax.train.metrics import Metrics, Seconds, read_rows
 from mpd_jax.train.records import Records
@@ -113,6 +113,31 @@ def test_lines_are_in_the_object_soon_after_and_at_a_flush_and_a_later_start_goe
         time.sleep(0.02)
     again.close()
     lines.close()
+
+
+def test_no_line_waits_for_a_put_and_the_next_put_takes_it_along(run_dir, monkeypatch):
+    monkeypatch.setattr(files, "PUT_AFTER_S", 1000.0)
+    path, began, over = run_dir / "phase.log", threading.Event(), threading.Event()
+    lines, put = Lines(path), type(path).write_bytes
+
+    def slow(path, data):
+        began.set()
+        assert over.wait(30)
+        return put(path, data)
+
+    monkeypatch.setattr(type(path), "write_bytes", slow)
+    lines.add("one")
+    putting, adding = threading.Thread(target=lines.flush), threading.Thread(target=lines.add, args=("two",))
+    putting.start()
+    assert began.wait(30)
+    adding.start()
+    adding.join(5)
+    waits = adding.is_alive()
+    over.set()
+    putting.join(30)
+    assert not waits and read(path) == b"one\n"
+    lines.close()
+    assert read(path) == b"one\ntwo\n"
 
 
 def test_an_outage_costs_no_line_and_is_told_at_a_flush(run_dir, monkeypatch):
@@ -265,8 +290,9 @@ def test_the_config_and_the_processes_of_a_run_are_kept(run_dir):
     assert config.load(str(run_dir / "config.yaml")) == settings
     with pytest.raises(UserError, match=r"run.seed = 1, and 0 there"):
         refuse_another_run(run_dir, config.load(QUICKSTART, ["run.seed=1"]))
-    for steps in (2, 3):
-        record_process(run_dir, steps, 1.0)
+    for start, step in ((0, 2), (2, 5)):
+        with recorded_cost(run_dir, start, 5, 0.0) as saving:
+            saving(step)
     assert [row["steps"] for row in read_rows(run_dir / "processes.jsonl")] == [2, 3]
 
 
@@ -292,7 +318,7 @@ def test_a_checkpoint_reads_back_the_same_bits_and_the_oldest_goes(run_dir, open
     state = make_state()
     assert saved.restore(abstract(state)) is None
     for step, accuracy in ((3, 0.9), (4, 0.1), (5, 0.2), (6, 0.3)):
-        saved.note(step, {"accuracy": accuracy})
+        saved.note(step, {"accuracy": accuracy}, None)
         saved.save(state._replace(step=step))
     saved.wait()
     assert names(saved.directory) == ["3", "5", "6", "figures.json"]

@@ -1,13 +1,15 @@
 """Set-up: problems that lack something and sizes that cannot work are told before anything is sampled."""
 
+from contextlib import nullcontext
+
 import pytest
 
-from mpd_jax import build, config
+from mpd_jax import build, config, hosts
 from mpd_jax.build import check_sizes, require_what_is_read
-from mpd_jax.roles import open_roles
+from mpd_jax.roles import ModelFiles, open_roles
 from mpd_jax.sharding import make_mesh
 from mpd_jax.types import Problem, UserError
-from tests.e2e.tiny import QUICKSTART
+from tests.e2e.tiny import QUICKSTART, SMALL
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,35 @@ def test_a_problem_that_lacks_what_the_recipe_reads_is_told_before_the_run(overr
     require_what_is_read(recipe, [whole])
     with pytest.raises(UserError, match=told):
         require_what_is_read(recipe, [whole, Problem("second", "1+2?")])
+
+
+def test_a_host_whose_model_is_another_is_named_with_the_section_before_weights_are_read(tmp_path, monkeypatch):
+    settings = config.load(QUICKSTART, SMALL)
+    roles = open_roles(settings)
+    other = {**roles.fingerprints(settings.recipe), "teacher": "another"}
+    others = iter([None, *other.values()])
+    monkeypatch.setattr(hosts, "gather", lambda value: [value, next(others) or value])
+    monkeypatch.setattr(ModelFiles, "weights", None)
+    with pytest.raises(UserError, match="teacher: a file of the model: process 1 of 2 has read something else"):
+        build.build(settings, tmp_path, print, print, lambda title, total: nullcontext(print), roles=roles)
+
+
+@pytest.mark.parametrize("loaded", [0, 1, 2])
+def test_a_stop_is_obeyed_before_the_next_weights_are_read(tmp_path, monkeypatch, loaded):
+    """Student, then teacher, then a rewriter of its own; asked to stop at first, or while one of the two is read."""
+    read, weights = [], ModelFiles.weights
+
+    def reading(files, mesh):
+        read.append(files.key)
+        return weights(files, mesh)
+
+    def check():
+        if len(read) == loaded:
+            raise hosts.Stopped
+
+    monkeypatch.setattr(ModelFiles, "weights", reading)
+    monkeypatch.setattr(hosts, "check", check)
+    settings = config.load(QUICKSTART, [*SMALL, "rewriter={path: 'tiny:teacher'}"])
+    with pytest.raises(hosts.Stopped, match="stopped before the run was set up, so there was nothing to save"):
+        build.build(settings, tmp_path, print, print, lambda title, total: nullcontext(print))
+    assert read == ["student", "teacher"][:loaded]

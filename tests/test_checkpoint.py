@@ -210,7 +210,7 @@ def test_the_best_by_a_figure_stays_beside_the_last(tmp_path, opened, figure, be
         if first == "saved":
             saved.save(state._replace(step=step))
         if values:
-            saved.note(step, dict(zip(("accuracy", "mean_tokens"), values, strict=True)))
+            saved.note(step, dict(zip(("accuracy", "mean_tokens"), values, strict=True)), {"problems": 9})
         if first == "noted":
             saved.save(state._replace(step=step))
         saved.wait()
@@ -227,18 +227,30 @@ def test_figures_of_steps_that_a_run_goes_back_behind_are_forgotten(tmp_path, op
     state = abstract(make_state(self_copy=False))
     saved = opened(tmp_path, keep=2, keep_best="accuracy")
     saved.save(make_state(self_copy=False))
-    saved.note(3, {"accuracy": 0.5})
-    saved.note(4, {"accuracy": 0.9})
+    saved.note(3, {"accuracy": 0.5}, None)
+    saved.note(4, {"accuracy": 0.9}, None)
     saved.wait()
     again = opened(tmp_path, keep=2, keep_best="accuracy")
     assert again.restore(state).step == 3
     again.save(make_state(self_copy=False)._replace(step=4))
     again.wait()
     assert opened(tmp_path, keep=2, keep_best="accuracy", read_only=True).restore_one(state, "best").step == 3
-    for damaged in (b"", b"[]", b'{"3": 4}', b'{"3": {"mean_tokens": 4}}'):
-        (saved.directory / "figures.json").write_bytes(damaged)
+    one = '{"settings": null, "figures": [[3, %s]]}'
+    for damaged in ("", "[]", '{"3": {"accuracy": 1}}', one % "4", one % '{"mean_tokens": 4}'):
+        (saved.directory / "figures.json").write_text(damaged)
         with pytest.raises(UserError, match=r"--best: .*was evaluated; .*: 3, 4"):
             opened(tmp_path, keep=2, keep_best="accuracy", read_only=True).restore_one(state, "best")
+
+
+def test_figures_that_were_measured_otherwise_are_not_compared(tmp_path, opened):
+    state = make_state(self_copy=False)
+    for step, accuracy, problems in ((2, 0.9, 4), (4, 0.5, 256), (6, 0.4, 256)):
+        saved = opened(tmp_path, keep=3, keep_best="accuracy")
+        saved.save(state._replace(step=step))
+        saved.note(step, {"accuracy": accuracy}, {"problems": problems})
+        saved.wait()
+    looked = opened(tmp_path, keep=3, keep_best="accuracy", read_only=True)
+    assert looked.restore_one(abstract(state), "best").step == 4
 
 
 def test_a_checkpoint_is_chosen_by_its_step(tmp_path, opened):

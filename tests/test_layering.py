@@ -21,7 +21,7 @@ LAYERS = [
     {"screen"},
     {"roles"},
     {"batches", "samplers", "serving"},
-    {"scoring"},
+    {"scoring", "rollouts"},
     {"build"},
     {"plan"},
     {"doctor"},

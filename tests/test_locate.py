@@ -1,6 +1,8 @@
 """Claims about finding a model: directories are used as they are, hub ids need a commit, remote files come once."""
 
+import fcntl
 import shutil
+import threading
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -11,7 +13,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from mpd_jax.models import locate as module
-from mpd_jax.models.locate import locate
+from mpd_jax.models.locate import fingerprint, locate
+from mpd_jax.roles import TINY
 from mpd_jax.types import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -161,8 +164,53 @@ def test_a_copy_that_fails_leaves_nothing(bucket, monkeypatch):
         patch.setattr(module.epath.Path("gs://bucket").__class__, "copy", full)
         with pytest.raises(UserError, match="No space left on device"):
             locate("gs://bucket/model")
-    assert list((bucket.home / "gs").iterdir()) == []
+    assert [path.suffix for path in (bucket.home / "gs").iterdir()] == [".lock"]
     assert (locate("gs://bucket/model") / "config.json").exists()
+
+
+def test_several_processes_of_a_machine_copy_a_bucket_once(bucket, monkeypatch):
+    """Threads that take the lock as processes do: each opens it. The second comes while the first copies."""
+    copying, second, found = threading.Event(), threading.Event(), []
+    copy, flock = module.epath.Path("gs://bucket").__class__.copy, fcntl.flock
+
+    def slow(*words):
+        copying.set()
+        assert second.wait(30)
+        return copy(*words)
+
+    def locking(*words):
+        if copying.is_set():
+            second.set()
+        flock(*words)
+
+    monkeypatch.setattr(module.epath.Path("gs://bucket").__class__, "copy", slow)
+    monkeypatch.setattr(fcntl, "flock", locking)
+    threads = [threading.Thread(target=lambda: found.append(locate("gs://bucket/model"))) for _ in range(2)]
+    threads[0].start()
+    assert copying.wait(30)
+    threads[1].start()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 2 and found[0] == found[1] and len(bucket.opened) == len(FILES)
+
+
+def test_what_a_killed_copy_has_left_is_cleared_by_the_next_one_of_its_address(bucket, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.epath.Path("gs://bucket").__class__, "copy", kill)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # SIGKILL leaves no time for it
+        with pytest.raises(Killed):
+            locate("gs://bucket/model")
+    (draft,) = (bucket.home / "gs").glob("*.draft")
+    (draft / "half").write_text("")
+    (bucket.model / "config.json").write_text("another config")
+    found = locate("gs://bucket/model")
+    assert not draft.exists() and not (found / "half").exists()
 
 
 def test_an_empty_bucket_is_refused(bucket):
@@ -178,3 +226,30 @@ def test_a_missing_storage_library_is_named(bucket, monkeypatch):
     monkeypatch.setattr(backend.fsspec_backend, "fs", no_library)
     with pytest.raises(UserError, match=r"pip install 'mpd-jax\[gcs\]'"):
         locate("gs://bucket/model")
+
+
+def test_a_fingerprint_tells_models_apart_without_reading_their_weights_whole(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(TINY / "student", model)
+    (model / "model.safetensors").write_bytes((TINY / "student" / "model.safetensors").read_bytes() + bytes(2**20))
+    same, weights = shutil.copytree(model, tmp_path / "same"), model / "model.safetensors"
+    (same / "LICENSE").write_text("no part of the model")
+    whole = [fingerprint(same, weights) for weights in (True, False)]
+    assert [fingerprint(model, weights) for weights in (True, False)] == whole and whole[0] != whole[1]
+
+    size, header = weights.stat().st_size, int.from_bytes(weights.read_bytes()[:8], "little")
+    for at, known in ((header, True), (8 + header, True), (size // 2, None), (size - 1, True)):
+        changed = bytearray((same / "model.safetensors").read_bytes())
+        width = size // module.BLOCKS if known is None else 1  # of a stretch as long as two blocks are apart
+        changed[at : at + width] = bytes(255 - byte for byte in changed[at : at + width])
+        weights.write_bytes(changed)
+        assert fingerprint(model, True) != whole[0] and fingerprint(model, False) == whole[1], at
+    shutil.copy(same / "model.safetensors", weights)
+    assert fingerprint(model, True) == whole[0]
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        with (model / name).open("a") as file:
+            file.write(" ")
+        assert fingerprint(model, False) != whole[1], name
+        shutil.copy(same / name, model / name) if (same / name).exists() else (model / name).unlink()
+    weights.rename(model / "model-00001-of-00001.safetensors")
+    assert fingerprint(model, True) != whole[0] and fingerprint(model, False) == whole[1]

@@ -197,9 +197,9 @@ def test_an_evaluation_cut_short_by_a_stop_is_made_before_the_run_goes_on(straig
     def stopped(state):
         raise hosts.Stopped
 
-    def figures(state):
+    def measured(state):
         order.append(("evaluate", state.step))
-        return {"accuracy": 1.0 if state.step == 3 else 0.0}
+        noted.note(state.step, {"accuracy": 1.0 if state.step == 3 else 0.0}, None)
 
     def update(*args):
         order.append("update")
@@ -211,8 +211,8 @@ def test_an_evaluation_cut_short_by_a_stop_is_made_before_the_run_goes_on(straig
     for _ in range(2):
         with pytest.raises(hosts.Stopped):
             run(tmp_path, evaluate=stopped, checkpoints=checkpoints())
-    order = []
-    state, _ = run(tmp_path, evaluate=figures, update=update, checkpoints=checkpoints())
+    order, noted = [], checkpoints()
+    state, _ = run(tmp_path, evaluate=measured, update=update, checkpoints=noted)
     assert order == [("evaluate", 3), "update", "update", "update"]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), straight[0])
     steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
@@ -245,6 +245,7 @@ def test_rows_tell_lengths_verdicts_entropies_and_wall_shares(straight, tmp_path
     row = read_rows(tmp_path / "metrics.jsonl")[1]
     assert row["response_tokens"] == row["written_tokens"] - 1
     assert row["verdicts"] == {"kept": 4} and row["rollout_accuracy"] == 0.5
+    assert row["scored_total"] == row["trained"] * len(PROMPT) + row["tokens"]
     assert row["student_entropy"] > 0 and row["target_entropy"] > 0
     assert row["divergence_by_position"][0]["tokens"] > 0
     shares = [row[f"{phase}_share"] for phase in ("load", "write", "rewrite", "train")]

@@ -72,9 +72,8 @@ def test_the_update_is_handed_the_base_itself_as_a_frozen_target(tmp_path, monke
     settings, files, mesh = opened(tmp_path, FROZEN)
     base = files.base(mesh)
     live = len(jax.live_arrays())
-    build._update(settings, roles.Roles(files, None, None), mesh, base, partial(files.trains.over, base))(
-        "trained", None, "batch"
-    )
+    update = build.update_of(settings, roles.Roles(files, None, None), mesh)
+    build._update(settings, update, base, partial(files.trains.over, base))("trained", None, "batch")
     assert handed["arrays"][0] == "trained" and handed["arrays"][2] == "batch"
     assert handed["arrays"][1] is base and handed["arrays"][3] is base and len(jax.live_arrays()) == live
 

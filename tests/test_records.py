@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,12 +28,15 @@ def trajectory(problem_id="a", original=None) -> Trajectory:
         dropped=original is None,
         original=original,
         logprobs=logprobs,
+        rewriting=(9, 5),
     )
 
 
 def test_a_trajectory_reads_back_as_the_same_value_to_the_last_bit():
     whole = trajectory(original=trajectory())
     assert from_json(to_json(whole)) == whole
+    earlier = to_json(whole).replace(',"rewriting":[9,5]', "")
+    assert from_json(earlier) == replace(whole, rewriting=(0, 0), original=replace(trajectory(), rewriting=(0, 0)))
 
 
 def test_records_read_back_in_order_and_unasked_steps_are_absent(tmp_path):

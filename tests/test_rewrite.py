@@ -7,6 +7,7 @@ import pytest
 from mpd_jax.recipe import rewrite as rw
 from mpd_jax.recipe.rewrite import Judge, ModelRewriter, Nobody, Truncate
 from mpd_jax.sampling.sampler import SamplingConfig, request_key
+from mpd_jax.train.metrics import summarise
 from mpd_jax.types import Problem, Trajectory, UserError
 from tests.test_chat import DROPS_REASONING, make_chat
 from tests.test_write import StubSampler
@@ -109,7 +110,22 @@ def test_verdicts_and_their_fallback(chat, verdict, text, settings, fallback):
     elif fallback == "drop":
         assert t.dropped and t.original == original
     else:
-        assert t == replace(original, verdict=verdict)
+        assert t == replace(original, verdict=verdict, rewriting=t.rewriting)
+
+
+THOUGHT = f"<think>\nShorter: so 9.\n####\n\\boxed{{9}}\n</think>\n\n{GOOD}"
+
+
+@pytest.mark.parametrize("fallback", ["drop", "original"])
+@pytest.mark.parametrize("text", [GOOD, THOUGHT, "no delimiter<|im_end|>"])
+def test_what_a_rewriter_read_and_answered_is_known_whatever_comes_of_it(chat, text, fallback):
+    sampler, original = StubSampler(chat, text), written(chat)
+    (t,) = rewriter(chat, sampler, fallback=fallback)([PROBLEM], [original], 4)
+    assert t.rewriting == (len(sampler.requests[0].prompt), len(chat.encode(text)))
+    row = summarise([t, t])
+    assert (row["rewrite_prompt_total"], row["rewritten_total"]) == tuple(2 * tokens for tokens in t.rewriting)
+    unasked = rewriter(chat, sampler, keep=("finished",), fallback=fallback)([PROBLEM], [written(chat, CUT, "cut")], 4)
+    assert [t.rewriting for t in unasked] == [(0, 0)]
 
 
 def test_the_verdicts_above_are_all_there_are():

@@ -71,3 +71,32 @@ def test_weights_that_round_updates_away_are_told_and_a_frozen_base_rounds_none(
 def test_a_rank_beyond_the_models_width_is_refused():
     with pytest.raises(UserError, match=r"student.lora.rank = 97 is not allowed: it exceeds the model's width of 96"):
         open_roles(config.load(QUICKSTART, ["student.lora={rank: 97, alpha: 4}"]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "overrides", "differ"),
+    [
+        ("s/model.safetensors", [], {"student"}),
+        ("t/model.safetensors", [], {"teacher"}),
+        ("t/model.safetensors", ["teacher.serve=http://a:1"], {"teacher"}),  # read on the mesh as the target
+        ("t/model.safetensors", ["teacher.serve=http://a:1", "recipe.target.top_k=4"], set()),
+        ("t/tokenizer.json", ["teacher.serve=http://a:1", "recipe.target.top_k=4"], {"teacher"}),
+        ("r/model.safetensors", ["rewriter={path: r}"], {"rewriter"}),
+        ("r/model.safetensors", ["rewriter={path: r, serve: 'http://a:1'}"], set()),
+        ("a/adapter_model.safetensors", ["student.lora={rank: 4, alpha: 8}", "student.adapter=a"], {"student.adapter"}),
+    ],
+)
+def test_hosts_whose_files_differ_are_known_by_what_is_read_of_them(tmp_path, monkeypatch, changed, overrides, differ):
+    monkeypatch.chdir(tmp_path)
+    for name, model in (("s", "student"), ("t", "teacher"), ("r", "teacher")):
+        copy_of(model, tmp_path / name, [END])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(bytes(64))
+    settings = config.load(QUICKSTART, ["student.path=s", "teacher.path=t", *overrides])
+    roles = open_roles(settings)
+    before = roles.fingerprints(settings.recipe)
+    data = bytearray((tmp_path / changed).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / changed).write_bytes(data)
+    after = roles.fingerprints(settings.recipe)
+    assert {key for key in before if before[key] != after[key]} == differ

@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,7 +11,8 @@ import pytest
 
 from mpd_jax import config, hosts
 from mpd_jax.lock import locked
-from mpd_jax.run import Judged, refuse_another_run, telling_what_is_saved
+from mpd_jax.run import Judged, recorded_cost, refuse_another_run, telling_what_is_saved
+from mpd_jax.train.metrics import read_rows
 from mpd_jax.types import UserError
 from tests.e2e.tiny import QUICKSTART
 
@@ -85,7 +87,7 @@ def test_an_evaluation_is_read_back_without_loading_and_the_base_is_held_by_its_
     class Weights:
         pass
 
-    held, loaded = [], []
+    held, loaded, noted = [], [], []
 
     def load(weights, version):
         held[:], loaded[len(loaded) :] = [weakref.ref(weights)], [version]
@@ -95,8 +97,9 @@ def test_an_evaluation_is_read_back_without_loading_and_the_base_is_held_by_its_
             assert held[0]() is None
         return [SimpleNamespace(accuracy=0.5, mean_tokens=9.0)]
 
+    checkpoints = SimpleNamespace(note=lambda *words: noted.append(words))
     run = SimpleNamespace(
-        parts=SimpleNamespace(run_dir=tmp_path),
+        parts=SimpleNamespace(run_dir=tmp_path, checkpoints=checkpoints),
         config=config.load(QUICKSTART),
         mesh=None,
         student=SimpleNamespace(start=lambda mesh, seed: Weights()),
@@ -105,7 +108,8 @@ def test_an_evaluation_is_read_back_without_loading_and_the_base_is_held_by_its_
     judged = Judged(cast(Any, run), cast(Any, None))
     state = cast(Any, SimpleNamespace(step=7, weights=Weights()))
     monkeypatch.setattr(Judged, "_evaluate", evaluate)
-    assert judged.between(state) == {"accuracy": 0.5, "mean_tokens": 9.0} and loaded == [7]
+    judged.between(state)
+    assert loaded == [7]
     judged.base(state)
     assert loaded == [7, 0]
     head = tmp_path / "evaluations" / "step 7.json"
@@ -113,6 +117,8 @@ def test_an_evaluation_is_read_back_without_loading_and_the_base_is_held_by_its_
     head.write_text(json.dumps({"settings": judged._settings(), "seconds": 1.0}))
     judged.between(state)
     assert loaded == [7, 0]
+    assert len(judged.trained(state)) == 1 and loaded == [7, 0, 7]
+    assert noted == [(7, {"accuracy": 0.5, "mean_tokens": 9.0}, judged._settings())] * 3
 
 
 def test_a_damaged_evaluation_is_made_again(tmp_path):
@@ -125,6 +131,28 @@ def test_a_damaged_evaluation_is_made_again(tmp_path):
     whole = json.dumps({"settings": judged._settings(), "seconds": 1.0})
     head.write_text(whole)
     assert judged._stored("base")
+    head.with_name("step 8.json").write_text(json.dumps({"settings": "of another process", "seconds": 2.0}))
+    assert judged.seconds() == {"evaluate base": 1.0, "evaluate step 8": 2.0}
     for damaged in (whole[:40], "[]", "{}", ""):
         head.write_text(damaged)
-        assert not judged._stored("base")
+        assert not judged._stored("base") and judged.seconds() == {"evaluate step 8": 2.0}
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, hosts.Stopped, None])
+def test_every_process_of_a_run_leaves_what_it_cost_however_it_ends(tmp_path, end):
+    def costs():
+        return [(row["steps"], row["peak_memory_bytes"] > 0) for row in read_rows(tmp_path / "processes.jsonl")]
+
+    with pytest.raises(end) if end else nullcontext(), recorded_cost(tmp_path, 0, 8, 0.0) as saving:
+        saving(3)
+        assert costs() == [(3, True)]  # what SIGKILL leaves
+        saving(6)
+        if end:
+            raise end
+    assert costs() == [(6, True)]
+    with recorded_cost(tmp_path, 8, 8, 0.0):
+        pass  # all updates were done, and the last evaluation was not
+    (tmp_path / "summary.json").write_text("{}")
+    with recorded_cost(tmp_path, 8, 8, 0.0):
+        pass
+    assert costs() == [(6, True), (0, True)]

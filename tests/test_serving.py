@@ -209,9 +209,12 @@ def test_what_trains_is_pushed_once_a_version_and_frozen_models_are_not(tmp_path
         (["sampling.server.seed=none", "teacher.serve=http://a:1", "recipe.rewrite.how=nobody"], True),
         (["sampling.server.seed=none", "teacher.serve=http://a:1", "rewriter={path: 'tiny:teacher'}"], True),
         (["sampling.server.seed=none", "rewriter={path: 'tiny:teacher', serve: 'http://a:1'}"], False),
+        (["student.serve=http://a:1", "teacher.serve=http://b:1"], True),
+        (["student.serve=http://a:1", "teacher.serve=http://b:1", "sampling.lookahead=1"], False),
+        (["recipe.write.by=teacher", "teacher.serve=http://b:1", "sampling.lookahead=1"], True),
     ],
 )
-def test_a_run_is_reproducible_unless_a_server_that_is_asked_gets_no_seed(overrides, holds):
+def test_a_run_is_reproducible_unless_a_server_gets_no_seed_or_the_student_looks_ahead(overrides, holds):
     assert config.load(QUICKSTART, overrides).reproducible is holds
 
 

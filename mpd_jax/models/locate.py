@@ -3,9 +3,9 @@
 Remote files are copied to a cache on this machine once. Only the files that a model needs are taken, and no code.
 """
 
+import fcntl
 import re
 import shutil
-import tempfile
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,10 +19,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from mpd_jax.models import peft
 from mpd_jax.models.hf_weights import CONFIG, COPIED, INDEX
 from mpd_jax.types import UserError
 
 FILES = (CONFIG, "model*.safetensors", INDEX, *COPIED)
+WEIGHTS = ("model*.safetensors", INDEX, peft.WEIGHTS)
+DESCRIBED = (CONFIG, peft.CONFIG, *(name for name in COPIED if not name.startswith(("LICENSE", "NOTICE"))))
+BLOCKS, BLOCK = 64, 4096  # of a file of weights, and bytes of each: what `fingerprint` reads of it beside its header
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -88,21 +92,30 @@ def _from_bucket(address: str) -> Path:
     stats = {name: file.stat() for name, file in files.items()}
     state = repr((address, [(name, s.length, s.mtime) for name, s in sorted(stats.items())]))
     target = Path(constants.HF_HOME) / "gs" / sha256(state.encode()).hexdigest()
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=target.parent))
     try:
-        for name, file in files.items():
-            (draft / name).parent.mkdir(parents=True, exist_ok=True)
-            file.copy(draft / name)
-        draft.replace(target)
+        if not target.is_dir():
+            _copy(files, target, target.with_name(sha256(address.encode()).hexdigest()))
     except OSError as error:
-        if not target.is_dir():  # else another process was first
-            raise UserError(f"path = {address!r} could not be copied to {target.parent}: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        raise UserError(f"path = {address!r} could not be copied to {target.parent}: {error}") from error
     return target
+
+
+def _copy(files: dict[str, epath.Path], target: Path, of_address: Path) -> None:
+    """By one process of this machine at a time, for an address has one lock and one draft; the others find it done."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = of_address.with_suffix(".draft")
+    with of_address.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_dir():
+            return
+        try:
+            shutil.rmtree(draft, ignore_errors=True)  # what a process that was killed has left
+            for name, file in files.items():
+                (draft / name).parent.mkdir(parents=True, exist_ok=True)
+                file.copy(draft / name)
+            draft.replace(target)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _list(directory: epath.Path) -> dict[str, epath.Path]:
@@ -113,3 +126,30 @@ def _list(directory: epath.Path) -> dict[str, epath.Path]:
         for file in directory.glob(pattern)
         if file.is_file()
     }
+
+
+def fingerprint(directory: Path, weights: bool) -> str:
+    """A hash of what is read of a model's or an adapter's directory, by which another model's copy is known.
+
+    weights: of the files of weights too. They are not read whole: name, size, header and a sample of the blocks of each
+    are in the hash.
+    """
+    digest = sha256()
+    patterns = (*DESCRIBED, *WEIGHTS) if weights else DESCRIBED
+    for path in sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}):
+        digest.update(f"{path.relative_to(directory)}\0{path.stat().st_size}\0".encode())
+        digest.update(_sampled(path) if path.suffix == ".safetensors" else path.read_bytes())
+    return digest.hexdigest()
+
+
+def _sampled(path: Path) -> bytes:
+    """The header of a safetensors file, and BLOCKS blocks that are spread evenly over the rest."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = file.read(8)
+        parts = [length, file.read(min(int.from_bytes(length, "little"), size))]
+        start = file.tell()
+        for number in range(BLOCKS):
+            file.seek(start + max(0, size - start - BLOCK) * number // (BLOCKS - 1))
+            parts.append(file.read(BLOCK))
+    return b"".join(parts)

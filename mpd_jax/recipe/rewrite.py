@@ -157,8 +157,9 @@ class ModelRewriter:
             else:
                 settled[at] = self.judge.settle(replace(original, verdict=verdict, original=original))
         responses = self.sampler.sample(list(requests.values()), self.sampling, progress) if requests else []
-        for at, response in zip(requests, responses, strict=True):
-            settled[at] = self.judge.settle(self._judged(by_id, written[at], response))
+        for (at, request), response in zip(requests.items(), responses, strict=True):
+            rewrite = self.judge.settle(self._judged(by_id, written[at], response))
+            settled[at] = replace(rewrite, rewriting=(len(request.prompt), len(response.ids)))
         return [settled[at] for at in range(len(written))]
 
     def _prompt(self, by_id: Mapping[str, Problem], original: Trajectory) -> tuple[tuple[int, ...], str | None]:

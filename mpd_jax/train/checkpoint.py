@@ -27,7 +27,7 @@ from mpd_jax.types import UserError
 
 log = logging.getLogger(__name__)
 
-FIGURES = "figures.json"  # of every evaluation while training, by step
+FIGURES = "figures.json"  # of the evaluations of one kind, by step, and the settings that make the kind
 Which = int | Literal["best"]  # a checkpoint: of this step, or the best
 
 
@@ -84,8 +84,9 @@ class Checkpoints:
             if hosts.is_main() and not read_only:
                 for unfinished in _unfinished(epath.Path(self.directory)):
                     unfinished.rmtree()
-            known = hosts.from_main(lambda: list(_read_figures(self.directory / FIGURES).items()))
-            self._figures: dict[int, dict[str, float]] = dict(known)
+            known = hosts.from_main(lambda: _read_figures(self.directory / FIGURES))
+            self._measured: Any = known["settings"]
+            self._figures: dict[int, dict[str, float]] = {step: figures for step, figures in known["figures"]}
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 item_handlers={"arrays": self._arrays, "run": self._run},
@@ -103,10 +104,19 @@ class Checkpoints:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def note(self, step: int, figures: dict[str, float]) -> None:
-        """What an evaluation of the state after `step` updates came to, whether that is saved by then or not."""
+    def note(self, step: int, figures: dict[str, float], settings: Any) -> None:
+        """What an evaluation of the state after `step` updates came to, whether that is saved by then or not.
+
+        settings: what it was measured with (JSON). Figures of other settings tell nothing beside it, and are forgotten.
+        """
+        if settings != self._measured:
+            self._measured, self._figures = settings, {}
         self._figures[step] = figures
-        write_atomically(self.directory / FIGURES, json.dumps(self._figures))
+        self._write_figures()
+
+    def _write_figures(self) -> None:
+        content = {"settings": self._measured, "figures": sorted(self._figures.items())}
+        write_atomically(self.directory / FIGURES, json.dumps(content))
 
     def save(self, state: RunState) -> None:
         """Returns once the arrays are copied off the device, so that they may be donated; the writing goes on."""
@@ -174,7 +184,7 @@ class Checkpoints:
         """A run that goes on from `step` may come to other weights after it."""
         if not self._read_only and any(later > step for later in self._figures):
             self._figures = {number: figures for number, figures in self._figures.items() if number <= step}
-            write_atomically(self.directory / FIGURES, json.dumps(self._figures))
+            self._write_figures()
 
     def _put_aside(self, damaged: dict[int, str], used: int) -> None:
         """Renames checkpoints that could not be read, so that their steps can be saved again; nothing is deleted."""
@@ -261,13 +271,13 @@ def _unfinished(directory: epath.Path) -> list[epath.Path]:
     return [step for step in steps if not ocp.utils.is_checkpoint_finalized(step)]
 
 
-def _read_figures(path: AnyPath) -> dict[int, dict[str, float]]:
-    data = files.read(path) or b"{}"
+def _read_figures(path: AnyPath) -> dict[str, Any]:
     try:
-        known = json.loads(data)
-        return {int(step): {name: float(value) for name, value in figures.items()} for step, figures in known.items()}
-    except (ValueError, TypeError, AttributeError):  # damaged: none is known to be best
-        return {}
+        known = json.loads(files.read(path) or b"")
+        figures = [(int(step), {n: float(v) for n, v in values.items()}) for step, values in known["figures"]]
+        return {"settings": known["settings"], "figures": figures}
+    except (ValueError, TypeError, LookupError, AttributeError):  # absent or damaged: none is known to be best
+        return {"settings": None, "figures": []}
 
 
 def _require_room(directory: AnyPath, arrays: PyTree) -> None:

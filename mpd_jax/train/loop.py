@@ -43,9 +43,10 @@ class Parts:
     load_student:   hands weights and their version (updates done) to the student's sampler.
     teacher_weights: what the target is read with, unless the state holds a self copy.
     refresh:        (self copy, student weights, updates done) -> self copy.
-    evaluate:       (state) -> its figures by name, after every `eval_every` updates (0: never) but the last, which the
-                    caller measures; the student's sampler has been loaded. Asked again for a state that it has
-                    measured, it answers from what is stored.
+    evaluate:       (state), after every `eval_every` updates (0: never) but the last, which the caller measures; the
+                    student's sampler has been loaded. It may be asked again for a state that it has measured.
+    traces:         how often the update was traced in this process, once for each shape of a batch.
+    saving:         (updates done) is called before each save.
     profile_steps:  first and last step of the trace under run_dir/profile; of several processes each has a directory.
     lookahead:      1: the next step's trajectories are made in a thread while this step trains, by weights one older.
     grade:          share of the written trajectories that are right, if that can be told cheaply.
@@ -68,7 +69,9 @@ class Parts:
     score: Callable[[Sequence[Problem], Sequence[Trajectory], int], Sequence[Trajectory]] | None = None
     teacher_weights: PyTree | None = None
     refresh: Callable[[PyTree, PyTree, int], PyTree] | None = None
-    evaluate: Callable[[RunState], dict[str, float] | None] | None = None
+    evaluate: Callable[[RunState], None] | None = None
+    traces: Callable[[], int] = lambda: 0
+    saving: Callable[[int], None] | None = None
     grade: Callable[[Sequence[Problem], Sequence[Trajectory]], float | None] | None = None
     profile_steps: tuple[int, int] | None = None
     lookahead: int = 0
@@ -117,6 +120,7 @@ class _Run:
         self.held: dict[int, tuple[Sequence[Problem], Batch]] = {}
         self.profiling, self.trace = False, ExitStack()
         self.ahead: Ahead | None = None
+        self.traces = 0
 
     def profile(self, step: int | None) -> None:
         """Starts the trace at its first step and ends it after its last, or when there are no more steps (None)."""
@@ -235,6 +239,8 @@ class _Run:
         row = summarise(trajectories)
         row |= rows_of(batch)
         row["staleness"] = staleness(step, trajectories)
+        traces, self.traces = self.traces, self.parts.traces()
+        row["compilations"] = self.traces - traces
         row["too_long"] = row["trajectories"] - row["dropped"] - row["trained"]
         if self.parts.grade is not None:
             row["rollout_accuracy"] = self.parts.grade(problems, [t.original or t for t in trajectories])
@@ -270,9 +276,7 @@ class _Run:
             self.ahead.wait()  # the same sampler answers with other weights from here on
         self.parts.clock.begin(state.step - 1, "evaluate")
         self.load(state)
-        figures = self.parts.evaluate(state)
-        if figures is not None:
-            self.parts.checkpoints.note(state.step, figures)
+        self.parts.evaluate(state)
         self.parts.clock.take()()
 
     def save(self, state: RunState) -> None:
@@ -282,6 +286,8 @@ class _Run:
             return
         self.parts.metrics.flush()
         self.parts.clock.begin(state.step - 1, "save")
+        if self.parts.saving is not None:
+            self.parts.saving(state.step)
         self.parts.checkpoints.save(state)
         self.saved = state.step
         self.parts.clock.take()()
@@ -294,13 +300,18 @@ def staleness(step: int, trajectories: Sequence[Trajectory]) -> int:
 
 
 def rows_of(batch: Batch | None) -> Row:
-    """How many trajectories are trained on, in how many rows of how many tokens, and the share that is padding."""
+    """How many trajectories are trained on, in how many rows of how many tokens, and the share that is padding.
+
+    scored_total: tokens that the target reads, prompts among them; of one on servers as after the student's prompts.
+    """
     if batch is None:
-        return {"trained": 0}
+        return {"trained": 0, "scored_total": 0}
     first_BR = (np.asarray(batch.index_BR) == 0) & (np.asarray(batch.weight_BR) > 0)
     rows, length = batch.student_segments_BT.shape
     padding = float(np.mean(np.asarray(batch.student_segments_BT) == 0))
-    return {"trained": int(first_BR.sum()), "rows": rows, "row_length": length, "padding": round(padding, 6)}
+    read_BT = batch.target_segments_BT if batch.top_ids_BRK is None else batch.student_segments_BT
+    row: Row = {"trained": int(first_BR.sum()), "scored_total": int(np.count_nonzero(read_BT))}
+    return {**row, "rows": rows, "row_length": length, "padding": round(padding, 6)}
 
 
 def save_batch(path: AnyPath, batch: Batch, problem_ids: Sequence[str]) -> None:

@@ -115,7 +115,8 @@ def _ready_at(out: Out) -> float:
 
 
 def summarise(trajectories: Sequence[Trajectory]) -> Row:
-    """What the ids alone tell: counts of verdicts and endings, lengths before and after rewriting."""
+    """What the ids alone tell: counts of verdicts and endings, lengths before and after rewriting, and tokens in all
+    that were written, read to be rewritten, and answered then."""
     originals = [t.original or t for t in trajectories]
     kept = [t for t in trajectories if not t.dropped]
     before, after = [len(t.response) for t in originals], [len(t.response) for t in kept]
@@ -128,7 +129,8 @@ def summarise(trajectories: Sequence[Trajectory]) -> Row:
         "written_tokens": _mean(before),
         "response_tokens": _mean(after),
         "written_total": sum(before),
-        "rewritten_total": sum(len(t.response) for t in trajectories if t.original is not None),
+        "rewrite_prompt_total": sum(t.rewriting[0] for t in trajectories),
+        "rewritten_total": sum(t.rewriting[1] for t in trajectories),
         "compression_ratio": sum(after) / before_kept if before_kept else None,
     }
 

@@ -30,6 +30,7 @@ def from_json(line: str) -> Trajectory:
 def _trajectory(fields: dict[str, Any]) -> Trajectory:
     original = fields["original"]
     tuples = {name: tuple(fields[name]) for name in ("prompt", "response", "logprobs")}
+    tuples["rewriting"] = tuple(fields.get("rewriting", (0, 0)))  # not in the records of earlier versions
     return Trajectory(**{**fields, **tuples, "original": _trajectory(original) if original else None})
 
 

@@ -28,7 +28,7 @@ class TrainConfig:
     weight_decay:  on matrices and embeddings; norms and biases are left alone.
     max_grad_norm: global-norm clipping; 0 switches it off.
     save_every:    steps between checkpoints, of which the last `keep` stay; the final step is always saved.
-    keep_best:     the checkpoint that was best by this figure of the evaluations while training (eval.every) stays too:
+    keep_best:     the checkpoint that was best by this figure of the evaluations (eval.every, and the last) stays too:
                    highest accuracy, or fewest mean_tokens, at the first temperature.
     max_length:    tokens of prompt and response together; a longer trajectory is dropped and counted.
     row_length:    the longest row that trajectories are packed into, max_length unless given. Every shape of a step's

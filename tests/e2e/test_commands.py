@@ -26,12 +26,22 @@ def command(capsys, *words: object) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
+SHAPES = []  # of the batches that the run of these tests trained on, step by step
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    from mpd_jax import config, run
+    from mpd_jax import build, config, run
 
-    path = tmp_path_factory.mktemp("runs") / "mpd"
-    run.train(config.load(QUICKSTART, [*SMALL, f"run.dir={path}"]))
+    def noted(*words):
+        batch = batch_to_train_on(*words)
+        SHAPES.append(tuple(np.shape(array) for array in batch))
+        return batch
+
+    path, batch_to_train_on = tmp_path_factory.mktemp("runs") / "mpd", build.batch_to_train_on
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "batch_to_train_on", noted)
+        run.train(config.load(QUICKSTART, [*SMALL, f"run.dir={path}"]))
     return path
 
 
@@ -51,6 +61,8 @@ def test_a_run_directory_holds_what_it_should(run_dir):
     assert all(sum(row["verdicts"].values()) == 8 for row in rows)
     shares = [[row[f"{phase}_share"] for phase in ("load", "write", "rewrite", "train")] for row in rows]
     assert all(abs(sum(of_step) - 1) < 1e-5 for of_step in shares)
+    assert [row["compilations"] for row in rows] == [int(SHAPES.index(s) == i) for i, s in enumerate(SHAPES)]
+    assert summary["compilations"] == len(set(SHAPES))
 
 
 def test_the_same_command_again_changes_nothing(run_dir, capsys):

@@ -109,13 +109,18 @@ def test_two_processes_that_are_stopped_go_on_as_one(tmp_path):
     run.signal(1, signal.SIGTERM)
     assert run.codes() == [75, 75], run.said(0) + run.said(1)
     assert "stopped and saved" in run.said(0) and "stopped" not in run.said(1) and "training" not in run.said(1)
-    assert open_phase(two)[1] == "save" and len(losses(two)) < STEPS
-    assert [path.name for path in (two / "checkpoints").iterdir()] == [str(len(losses(two)))]
+    done = len(losses(two))
+    assert open_phase(two)[1] == "save" and done < STEPS
+    assert [path.name for path in (two / "checkpoints").iterdir()] == [str(done)]
     for run_dir in (two, one):
         run = Processes(run_dir, 1, tmp_path / "cache")
         assert run.codes() == [0], run.said(0)
         assert ("resuming" in run.said(0)) == (run_dir == two)
     assert_alike(two, one)
+    costs, summary = read_rows(two / "processes.jsonl"), json.loads((two / "summary.json").read_text())
+    assert [cost["steps"] for cost in costs] == [done, STEPS - done]
+    assert summary["seconds"]["wall"] == pytest.approx(sum(cost["seconds"] for cost in costs))
+    assert summary["peak_memory_bytes"] == max(cost["peak_memory_bytes"] for cost in costs)
 
 
 @pytest.mark.slow
