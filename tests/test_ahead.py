@@ -143,18 +143,22 @@ def test_seconds_of_each_phase_are_those_of_the_thread():
 
 
 def test_a_stopped_loop_leaves_nobody_sampling(tmp_path, monkeypatch):
-    opened, sampling = open_run(tmp_path, lookahead=1, eval_every=0), threading.Event()
+    opened, sampling, stopped = open_run(tmp_path, lookahead=1, eval_every=0), threading.Event(), threading.Event()
+    updates = iter(range(9))
 
     def write(problems, step):
-        sampling.set()
-        time.sleep(0.2 if step == 2 else 0)
+        if step == 2:
+            sampling.set()
+            assert stopped.wait(30)
         made = opened.student.write(problems, step)
         sampling.clear()
         return made
 
     def update(*args):
-        if sampling.is_set():
+        if next(updates) == 1:  # step 2 is being written
+            assert sampling.wait(30)
             monkeypatch.setattr(hosts, "check", stop)
+            stopped.set()
         return opened.parts.update(*args)
 
     def stop():

@@ -43,7 +43,6 @@ class Processes:
             f"run.dir={run_dir}",
             *overrides,
         ]
-        each = f"--xla_force_host_platform_device_count={devices // processes}"
         self.run_dir, self._stack = run_dir, ExitStack()
         self.output = [cache.with_name(f"{run_dir.name}.{number}") for number in range(processes)]
         self.all = []
@@ -52,7 +51,7 @@ class Processes:
             self.all.append(
                 subprocess.Popen(
                     [*words, *(map(str, flags) if processes > 1 else ())],
-                    env={**environment(cache), "XLA_FLAGS": each},
+                    env=environment(cache, devices // processes),
                     stdout=subprocess.DEVNULL,
                     stderr=self._stack.enter_context(path.open("w")),
                 )

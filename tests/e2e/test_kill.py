@@ -30,11 +30,11 @@ def command(run_dir: Path, extra: tuple[str, ...] = ()) -> list[str]:
     return [sys.executable, "-m", "mpd_jax", "train", str(QUICKSTART), *overrides]
 
 
-def environment(cache: Path) -> dict[str, str]:
-    """One device, and programs compiled once for all these processes."""
+def environment(cache: Path, devices: int = 1) -> dict[str, str]:
+    """So many devices, and programs compiled once for all these processes."""
     return {
         **os.environ,
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -113,8 +113,7 @@ def kill_and_compare(
 
 
 def test_a_killed_run_ends_like_one_never_stopped(tmp_path):
-    hits = dict(kill_and_compare(tmp_path, 1, phases=("rewrite", "save")))
-    assert hits["rewrite"] == (1, "rewrite"), f"wanted rewrite of step 1, killed in {hits['rewrite']}"
+    hits = dict(kill_and_compare(tmp_path, 1, phases=("save",)))
     # The writing goes on while the next step begins.
     assert hits["save"] in ((1, "save"), (2, "write")), f"wanted save of step 1, killed in {hits['save']}"
 

@@ -64,7 +64,7 @@ def test_two_processes_push_as_one(tmp_path):
         return served(file, load_weights(path, file, MESH))
 
     with FakeServer(served(model, base_of(model)), vocab_size=VOCAB, read_weights=read) as server:
-        flags = {**environment(tmp_path / "cache"), "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        flags = environment(tmp_path / "cache", devices=4)
         words = [sys.executable, "-c", CHILD, coordinator]
         both = [
             subprocess.Popen(
