@@ -141,6 +141,10 @@ def test_no_adapter_is_exported_of_a_run_that_trained_all_weights(run_dir, tmp_p
     assert code == 2 and "--adapter" in error and "trained all weights" in error
 
 
+DATASET = ["recipe.write.by=dataset", "recipe.loss={kind: jsd, stabiliser: rescale}"]
+SELF_COMPRESSED = ["recipe.rewrite.by=student", "recipe.loss={kind: mix, stabiliser: per_entry}"]
+
+
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
@@ -159,8 +163,8 @@ def test_no_adapter_is_exported_of_a_run_that_trained_all_weights(run_dir, tmp_p
                 "recipe.loss={kind: cross_entropy, reduction: sum}",
             ],
         ),
-        ("dataset", ["recipe.write.by=dataset", "recipe.loss={kind: jsd, stabiliser: rescale}"]),
-        ("self_compressed", ["recipe.rewrite.by=student", "recipe.loss={kind: mix, stabiliser: per_entry}"]),
+        pytest.param("dataset", DATASET, marks=pytest.mark.slow),
+        pytest.param("self_compressed", SELF_COMPRESSED, marks=pytest.mark.slow),
     ],
 )
 def test_other_recipes_are_overrides(name, overrides, tmp_path):

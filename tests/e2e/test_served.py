@@ -29,6 +29,7 @@ OVERRIDES = [
     *SMALL,
     "train.batch_size=4",
     "sampling.prompt_tokens=80",
+    "sampling.writer={temperature: 0.0, max_tokens: 32}",
     "sampling.rewriter={temperature: 0.0, max_tokens: 48}",
     "recipe.rewrite.fallback=original",
     "eval.problems=2",
@@ -36,11 +37,7 @@ OVERRIDES = [
     "eval.concise_row=false",
     "sampling.server.patience_s=60",
 ]
-TEACHER_WRITES = [
-    "recipe.write.by=teacher",
-    "recipe.loss.kind=forward_kl",
-    "sampling.writer={temperature: 0.0, max_tokens: 32}",
-]
+TEACHER_WRITES = ["recipe.write.by=teacher", "recipe.loss.kind=forward_kl"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +50,7 @@ def compiled(tmp_path_factory):
     return f"run.compile_cache={tmp_path_factory.mktemp('cache')}"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def compile_anew_afterwards():
     before = jax.config.jax_compilation_cache_dir
     yield
@@ -68,6 +65,12 @@ def trained(directory: Path, *overrides: str) -> tuple[list[Trajectory], list[fl
     ]
     rows, summary = read_rows(directory / "metrics.jsonl"), json.loads((directory / "summary.json").read_text())
     return [plain(from_json(line)) for line in lines], [row["loss"] for row in rows], summary
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory, compiled):
+    """The run whose models are all on the mesh."""
+    return trained(tmp_path_factory.mktemp("here") / "run", compiled)
 
 
 def plain(trajectory: Trajectory) -> Trajectory:
@@ -109,8 +112,7 @@ def server(teacher):
         yield server
 
 
-def test_rewriting_on_a_server_that_dies_trains_the_same_student(tmp_path, server, compiled, capsys):
-    here = trained(tmp_path / "here", compiled)
+def test_rewriting_on_a_server_that_dies_trains_the_same_student(tmp_path, server, here, compiled, capsys):
     dying = Dying(server, at=3)
     served = trained(tmp_path / "served", compiled, f"teacher.serve={server.url}")
     dying.over.set()
@@ -141,12 +143,10 @@ def model_in(directory: str):
     return lambda ids: all_TV(tuple(ids))
 
 
-def test_a_served_student_writes_with_the_weights_of_its_step_and_every_push_is_on_disk(tmp_path, compiled):
-    written = ["sampling.writer={temperature: 0.0, max_tokens: 32}"]
-    here = trained(tmp_path / "here", compiled, *written)
+def test_a_served_student_writes_with_the_weights_of_its_step_and_every_push_is_on_disk(tmp_path, here, compiled):
     start = model_in(str(TINY / "student"))
     with FakeServer(start, vocab_size=512, window=WINDOW, eos_id=END, read_weights=model_in) as server:
-        served = trained(tmp_path / "served", compiled, *written, f"student.serve={server.url}")
+        served = trained(tmp_path / "served", compiled, f"student.serve={server.url}")
     assert served[:2] == here[:2] and served[2]["after"] == here[2]["after"]
     pushes = read_rows(tmp_path / "served" / "pushes.jsonl")
     assert [(push["version"], push["way"], push["verdict"]) for push in pushes] == [
