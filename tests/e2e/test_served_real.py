@@ -41,7 +41,8 @@ class Killer(threading.Thread):
         super().__init__(daemon=True)
         rng = random.Random(seed)
         steps = sorted(rng.sample(range(1, STEPS), KILLS))
-        self._plan = [(step, rng.choice(sorted(servers)), rng.uniform(0, 6)) for step in steps]
+        who = rng.sample([*servers] * 3, KILLS)  # each of the two dies twice at least
+        self._plan = [(step, name, rng.uniform(0, 6)) for step, name in zip(steps, who, strict=True)]
         self._run_dir, self._servers = run_dir, servers
         self.hit: list[tuple[int, str, str]] = []  # (step, phase, who died)
         self.over = threading.Event()
