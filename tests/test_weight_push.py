@@ -364,7 +364,7 @@ def break_(what: str, server: FakeServer) -> None:
         ("stamp", "'step-3', just after it was given 'mpd-"),
         ("routes", "sampling.push.way: auto is not possible.*VLLM_SERVER_DEV_MODE=1"),
         ("key", "401.*VLLM_API_KEY"),
-        ("temperature", "twice and computes with others"),
+        ("temperature", "the model's log-probabilities at temperature 0.6; start the server with --logprobs-mode"),
         ("garbage", "prompt_logprobs of 48 ids"),
         ("choices", "cmpl-0.*holds no choices"),
     ],

@@ -26,6 +26,7 @@ from mpd_jax.models.decoder import Model
 from mpd_jax.models.hf_weights import export
 from mpd_jax.models.lora import Adapted
 from mpd_jax.models.peft import export_adapter
+from mpd_jax.sampling.agreement import by_temperature
 from mpd_jax.sampling.known import Known
 from mpd_jax.sampling.probe import Probe, probe_tokens
 from mpd_jax.sampling.proof import TOLERANCE, Proof, judge
@@ -53,7 +54,11 @@ class Student(Protocol):
 
 
 class StaleWeights(ServerError):
-    """A server that computes with other weights than it was given, twice."""
+    """A server that computes with other weights than it was given, twice. there: its log-probabilities of the proof."""
+
+    def __init__(self, message: str, url: str, there: np.ndarray, proof: Proof):
+        super().__init__(message)
+        self.url, self.there, self.proof = url, there, proof
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,7 @@ class WeightPush:
         self._wanted: _Wanted | None = None
         self._held: dict[str, str] = {}
         self._off: dict[str, np.ndarray] = {}
+        self._there: dict[str, np.ndarray] = {}  # what each said last
         self._again: set[str] = set()
         self._known: Known | None = None
 
@@ -156,6 +162,13 @@ class WeightPush:
             start = probe.here(self._whole(self._student.start(self._mesh, self._seed)))
 
         def deliver() -> dict:
+            try:
+                return delivered()
+            except StaleWeights as error:
+                why = {"url": error.url, "there": error.there.tolist(), "proof": asdict(error.proof)}
+                return {"stale": str(error), **why}
+
+        def delivered() -> dict:
             known = self._recall()
             assert self._way is not None
             known.start = known.start if start is None else start
@@ -169,6 +182,10 @@ class WeightPush:
             return asdict(PushReport(version, self._way.kind, verdict, known.version, seconds, again, proofs))
 
         told = hosts.from_main(deliver)
+        if "stale" in told:
+            url, there, proof = told["url"], np.array(told["there"]), Proof(**told["proof"])
+            why = by_temperature(probe, weights, there, proof.limit)
+            raise StaleWeights(f"{url}: {proof.words}; {why}" if why else told["stale"], url, there, proof)
         proofs = {url: Proof(**proof) for url, proof in told["proofs"].items()}
         report = PushReport(**{**told, "again": tuple(told["again"]), "proofs": proofs})
         self._note(report)
@@ -373,7 +390,10 @@ class WeightPush:
             f"{url}: it was given the weights of version {wanted.version} twice and computes with others "
             f"({proof.words}). What it would sample belongs to no known weights. Look whether it reads "
             f"{wanted.directory} and computes in {self._dtype} (sampling.push.dtype); one that reloads wrongly, as "
-            "some do with experts or quantised weights, needs sampling.push.way=restart"
+            "some do with experts or quantised weights, needs sampling.push.way=restart",
+            url,
+            self._there[url],
+            proof,
         )
 
     def _proved(self, url: str, wanted: _Wanted) -> Proof:
@@ -399,7 +419,7 @@ class WeightPush:
 
     def _prove(self, url: str, wanted: _Wanted) -> Proof:
         assert self._probe is not None
-        found = self._probe.there(self._one[url], self.model_name())
+        found = self._there[url] = self._probe.there(self._one[url], self.model_name())
         tolerance, off = TOLERANCE[self._dtype], self._off.get(url)
         judged = partial(judge, found, wanted.new, self._probe.prompt, tolerance, off=off)
         proofs = [judged(old=old) for old in wanted.olds or (None,)]
