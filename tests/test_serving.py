@@ -92,7 +92,9 @@ def test_servers_are_waited_for_and_the_wait_is_shown(tmp_path, server):
     told.said = Starting(server)
     made._say = told.said.append
     made.sampler(role("teacher", settings), "writer", 200)
-    assert told.said[0].startswith("waiting 900 s at most: ") and "served by" in told.said[-1]
+    assert (
+        told.said[0].startswith("waiting 900 s at most (sampling.server.patience_s): ") and "served by" in told.said[-1]
+    )
     assert ("waiting for teacher.serve", 0, 1) in told.bars
 
 

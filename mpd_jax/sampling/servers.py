@@ -105,7 +105,7 @@ class Servers:
                 if left <= 0:
                     raise
                 if not said:
-                    self.say(f"waiting {left:.0f} s at most: {error}")
+                    self.say(f"waiting {left:.0f} s at most (sampling.server.patience_s): {error}")
                     said = True
             if progress:
                 progress()
