@@ -22,11 +22,10 @@ from jax.sharding import Mesh
 
 from mpd_jax import hosts
 from mpd_jax.files import AnyPath
-from mpd_jax.models.decoder import Model
 from mpd_jax.models.hf_weights import export
 from mpd_jax.models.lora import Adapted
 from mpd_jax.models.peft import export_adapter
-from mpd_jax.sampling.agreement import by_temperature
+from mpd_jax.sampling.agreement import Frozen, by_temperature
 from mpd_jax.sampling.known import Known
 from mpd_jax.sampling.probe import Probe, probe_tokens
 from mpd_jax.sampling.proof import TOLERANCE, Proof, judge
@@ -39,17 +38,11 @@ LINGER_S = 5.0  # for a server that is being given weights when the run ends: it
 WEAKEST = ("undecided", "agrees", "verified")  # a stale server ends the run
 
 
-class Student(Protocol):
+class Student(Frozen, Protocol):
     """What is read of the student's files (roles.ModelFiles)."""
 
     @property
-    def directory(self) -> Path: ...
-    @property
-    def model(self) -> Model: ...
-    @property
     def adapted(self) -> Adapted | None: ...
-    @property
-    def serve(self) -> tuple[str, ...]: ...
     def start(self, mesh: Mesh, seed: int) -> Any: ...
 
 
