@@ -10,7 +10,7 @@ LAYERS = [
     {"types"},
     {"hosts"},
     {"files"},
-    {"lock"},
+    {"lock", "named"},
     {"sharding", "recipe.loss", "recipe.fused", "sampling.sampler", "eval.grade", "eval.math_worker"},
     {"models"},
     {"data", "sampling", "train.state"},
