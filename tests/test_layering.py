@@ -14,7 +14,7 @@ LAYERS = [
     {"sharding", "recipe.loss", "recipe.fused", "sampling.sampler", "eval.grade", "eval.math_worker"},
     {"models"},
     {"data", "sampling", "train.state"},
-    {"recipe.write", "recipe.rewrite", "recipe.target"},
+    {"recipe.write", "recipe.keep", "recipe.rewrite", "recipe.target"},
     {"recipe.recipe", "train.step", "train.checkpoint", "train.metrics", "train.records", "train.ahead"},
     {"eval.evaluate", "eval.plot", "train.loop"},
     {"config"},
