@@ -217,11 +217,23 @@ def export(
 
 
 @app.command("config")
-def show_config(config: Config, overrides: Overrides = None) -> None:
+def show_config(
+    config: Config,
+    overrides: Overrides = None,
+    prompts: Annotated[
+        bool, typer.Option("--prompts", help="Print what every role reads of the first problem to train on, instead.")
+    ] = False,
+) -> None:
     """Print the resolved config: the file, the overrides, and every default."""
     from mpd_jax.config import load, to_yaml
 
-    typer.echo(to_yaml(load(config, overrides or [])), nl=False)
+    settings = load(config, overrides or [])
+    if prompts:
+        from mpd_jax import use
+
+        typer.echo(use.prompts(settings))
+    else:
+        typer.echo(to_yaml(settings), nl=False)
 
 
 @app.command()

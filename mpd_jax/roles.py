@@ -134,6 +134,18 @@ class Roles:
         read = self.target_here(recipe) is self.teacher
         return self.teacher if self.teacher and (read or not self.teacher.serve) else None
 
+    def readers(self, recipe: Recipe) -> list[tuple[str, ModelFiles, str]]:
+        """Who reads a prompt, as (role, files, context)."""
+        found = [("student", self.student, "plain")]
+        if recipe.write.by == "teacher" and self.teacher:
+            found.append(("writer", self.teacher, "plain"))
+        if (target := self.target(recipe)) is not None:
+            context = recipe.rewrite.how if recipe.target.context == "rewrite" else recipe.target.context
+            found.append(("target", target, context))
+        if self.rewriter is not None:
+            found.append(("rewriter", self.rewriter, recipe.rewrite.how))
+        return found
+
     def fingerprints(self, recipe: Recipe) -> dict[str, str]:
         """By config key a hash of the model's files that are read here; of weights that only its servers hold, none."""
         found = {}

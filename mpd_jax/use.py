@@ -1,4 +1,4 @@
-"""What is done with a trained run or any other model: evaluate it, sample from it, export it."""
+"""What is done with a trained run or any other model: evaluate it, sample from it, export it, show what it reads."""
 
 import dataclasses
 import json
@@ -15,12 +15,15 @@ from mpd_jax.eval import evaluate as evaluation
 from mpd_jax.files import AnyPath
 from mpd_jax.models.hf_weights import export as export_weights
 from mpd_jax.models.peft import export_adapter
-from mpd_jax.roles import make_sampler, open_model
+from mpd_jax.recipe.write import DatasetWriter
+from mpd_jax.roles import assign_roles, make_sampler, open_model
 from mpd_jax.run import BASE, CONCISE, TRAINED
 from mpd_jax.sampling.sampler import Request, SamplingConfig, request_key
 from mpd_jax.screen import Screen
 from mpd_jax.train.checkpoint import Which
 from mpd_jax.types import Problem, UserError
+
+DRAFT = "[the draft stands here]"  # of a problem without a worked response
 
 
 def evaluate(
@@ -257,3 +260,24 @@ def _export_model(source: str, out: Path, dtype: str, adapter: bool, which: Whic
     weights = model.weights(build.make_mesh(settings.mesh))
     export_weights(out, model.directory, model.model, weights, dtype=dtype, untie=untie)
     Screen().say(f"wrote {out} ({dtype})")
+
+
+def prompts(settings: RunConfig) -> str:
+    """`mpd-jax config --prompts`: what every role reads of the first problem to train on, and what the student would
+    read of it under the other contexts. A draft is the problem's worked response. No weights are read."""
+    roles, problem = assign_roles(settings, open_model), build.read_problems(settings.problems, "train")[0]
+    student, draft = roles.student, DRAFT
+    if (problem.response or "").strip():
+        draft = student.chat.draft(DatasetWriter(student.chat)([problem], 0)[0].response)
+    readers = roles.readers(settings.recipe)
+    solved = problem.response is not None or problem.answer is not None
+    contexts = ["plain", "concise", *(["privileged"] if solved else [])]
+    read = {(held.key, context) for _, held, context in readers}
+    readers += [("student", student, context) for context in contexts if ("student", context) not in read]
+    writes, shown = settings.recipe.write.by == "student", [f"first problem of problems.train: {problem.id}"]
+    for role, held, context in readers:
+        ids = held.chat.prompt(context, problem, draft)
+        by = "" if role == held.key else f" ({held.key})"
+        role = "student, who writes" if role == "student" and context == "plain" and writes else role
+        shown.append(f"=== {role}{by}, {context}: {len(ids):,} tokens ===\n{held.chat.text(ids)}")
+    return "\n\n".join(shown)

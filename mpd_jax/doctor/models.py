@@ -69,16 +69,7 @@ def _thinking(files: ModelFiles) -> Row:
 
 def _prompts(config: RunConfig, roles: Roles) -> list[Row]:
     """The prompt of every role, as it is read."""
-    recipe, target = config.recipe, roles.target(config.recipe)
-    asked = [("student", roles.student, "plain")]
-    if recipe.write.by == "teacher" and roles.teacher:
-        asked.append(("writer", roles.teacher, "plain"))
-    if target is not None:
-        context = recipe.rewrite.how if recipe.target.context == "rewrite" else recipe.target.context
-        asked.append(("target", target, context))
-    if roles.rewriter is not None:
-        asked.append(("rewriter", roles.rewriter, recipe.rewrite.how))
-    return [_prompt(role, files, context) for role, files, context in asked]
+    return [_prompt(role, files, context) for role, files, context in roles.readers(config.recipe)]
 
 
 def _prompt(role: str, files: ModelFiles, context: str) -> Row:

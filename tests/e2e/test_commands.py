@@ -262,6 +262,21 @@ def test_a_mistake_gives_one_message_and_exit_code_2(words, said, capsys, tmp_pa
     assert said in error and "Traceback" not in error
 
 
+def test_the_prompts_of_every_role_are_printed_as_they_are_read(tmp_path, capsys):
+    said = {"question": "What is 7+8?", "answer": "15"}
+    drafts = {"Draft:\n7+8=15.\n\n\\boxed{15}\nFix": {"response": "<think>7+8=15.</think>\\boxed{15}"}}
+    drafts["Draft:\n[the draft stands here]\nFix"] = {}
+    for draft, response in drafts.items():
+        (tmp_path / "train.jsonl").write_text(json.dumps({**said, **response}) + "\n")
+        repair = ["recipe.rewrite.how=repair", "recipe.target.context=rewrite", "rewriter={path: 'tiny:student'}"]
+        words = ["config", QUICKSTART, *repair, f"problems.train={tmp_path / 'train.jsonl'}", "--prompts"]
+        code, out, _ = command(capsys, *words)
+        heads = [line.split(":")[0].strip("= ") for line in out.splitlines() if line.startswith("===")]
+        roles = ["student, who writes, plain", "target (teacher), repair", "rewriter, repair"]
+        assert code == 0 and heads == [*roles, "student, concise", "student, privileged"]
+        assert out.count(f"What is 7+8?\n{draft}") == 2 and "<|im_start|>user\nBe brief. What is 7+8?<|im_end|>" in out
+
+
 def test_a_model_is_exported_with_its_head_untied(tmp_path, capsys):
     assert command(capsys, "export", "tiny:student", tmp_path / "untied", "--untie")[0] == 0
     tensors = load_file(tmp_path / "untied" / "model.safetensors")
