@@ -34,7 +34,7 @@ from mpd_jax.sampling.sampler import Sampler
 from mpd_jax.sampling.vllm_client import Push
 from mpd_jax.sampling.weight_push import WeightPush
 from mpd_jax.scoring import scoring
-from mpd_jax.serving import Secrets, Serving
+from mpd_jax.serving import Secrets, Serving, unproved
 from mpd_jax.sharding import MeshConfig, make_mesh, tree_shardings
 from mpd_jax.train.checkpoint import Checkpoints, Which
 from mpd_jax.train.loop import Parts
@@ -228,10 +228,7 @@ def build(
         samplers = make_samplers(config, roles, mesh, whole, serving.sampler)
         load_frozen(samplers, roles, mesh, teacher_weights)
         for held in served_elsewhere(roles, teacher_weights):
-            say(
-                f"{held.key}: that {', '.join(held.serve)} computes with {held.key}.path is unproved, for the mesh "
-                "does not hold these weights; `mpd-jax doctor` compares them"
-            )
+            say(unproved(held))
         hosts.check()
         graders = stack.enter_context(GraderPool(config.recipe.rewrite.grader, workers=1))
         recipe = recipe_parts(config, roles, samplers, graders, state.memory, progress)

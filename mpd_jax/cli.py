@@ -216,6 +216,31 @@ def export(
     use.export(source, out, dtype, adapter, _which(step, best), untie)
 
 
+@app.command()
+def rewrite(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN.jsonl",
+            help="Problems with responses, one object a line; or a run's trajectories/step_*.jsonl.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="What is there already stays.", show_default=False)],
+    config: Annotated[str, typer.Option(help="The rewriter, recipe.rewrite and columns.", show_default=False)],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Rewrite the responses of a file, for training with recipe.write.by=dataset. The same command again resumes."""
+    from mpd_jax import offline
+    from mpd_jax.config import load
+
+    settings = load(config, overrides or [])
+    _one("rewrite")
+    summary = offline.rewrite(source, out, settings, os.environ.get)
+    typer.echo(json.dumps(summary, indent=2) if as_json else "\n".join(f"{k}: {v}" for k, v in summary.items()))
+
+
 @app.command("config")
 def show_config(
     config: Config,

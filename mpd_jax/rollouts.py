@@ -15,9 +15,11 @@ from mpd_jax.eval.grade import GraderPool, grade
 from mpd_jax.recipe import keep, rewrite, write
 from mpd_jax.roles import Roles, rewriting_room
 from mpd_jax.samplers import Samplers
+from mpd_jax.sampling.sampler import Sampler
 from mpd_jax.types import Problem, Trajectory
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
+Rewriter = Callable[..., list[Trajectory]]  # (problems, written, step, rollbacks=, progress=)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,26 @@ def _correct(graders: GraderPool, answer: str, reference: str) -> bool:
     return hosts.from_main(lambda: graders.grade_many([(answer, reference)])[0].correct)
 
 
+def make_rewriter(config: RunConfig, roles: Roles, sampler: Sampler | None, graders: GraderPool) -> Rewriter:
+    """What rewrites, see recipe/rewrite.py. sampler: answers for the model that does, if one does."""
+    recipe = config.recipe
+    judge = keep.Judge(roles.student.chat, recipe.rewrite.keep, recipe.rewrite.fallback, partial(_correct, graders))
+    match recipe.rewrite.how:
+        case "nobody":
+            return rewrite.Nobody(judge)
+        case "earliest_correct_prefix":
+            return rewrite.EarliestCorrectPrefix(judge)
+        case "truncate":
+            return rewrite.Truncate(judge, recipe.rewrite.truncate_to, recipe.rewrite.truncate_ratio)
+        case "compress" | "repair" as how:
+            assert sampler is not None and roles.rewriter is not None
+            room, too_long = rewriting_room(config, roles.rewriter), recipe.rewrite.too_long
+            by, chat = recipe.rewrite.by, roles.rewriter.chat
+            return rewrite.ModelRewriter(
+                by, sampler, chat, config.sampling.rewriter, judge, config.run.seed, room, how, too_long
+            )
+
+
 def recipe_parts(
     config: RunConfig, roles: Roles, samplers: Samplers, graders: GraderPool, memory: dict, progress: Progress
 ) -> RecipeParts:
@@ -56,19 +78,7 @@ def recipe_parts(
             writer = write.ModelWriter(
                 role, samplers.writer, files.chat, student, sampling.writer, recipe.write.attempts, seed
             )
-    judge = keep.Judge(student, recipe.rewrite.keep, recipe.rewrite.fallback, partial(_correct, graders))
-    match recipe.rewrite.how:
-        case "nobody":
-            rewriter = rewrite.Nobody(judge)
-        case "earliest_correct_prefix":
-            rewriter = rewrite.EarliestCorrectPrefix(judge)
-        case "truncate":
-            rewriter = rewrite.Truncate(judge, recipe.rewrite.truncate_to, recipe.rewrite.truncate_ratio)
-        case "compress" | "repair" as how:
-            assert samplers.rewriter is not None and roles.rewriter is not None
-            room, too_long = rewriting_room(config, roles.rewriter), recipe.rewrite.too_long
-            by, sampler, chat = recipe.rewrite.by, samplers.rewriter, roles.rewriter.chat
-            rewriter = rewrite.ModelRewriter(by, sampler, chat, sampling.rewriter, judge, seed, room, how, too_long)
+    rewriter = make_rewriter(config, roles, samplers.rewriter, graders)
     rollbacks = int(memory.get("rollbacks", 0))
 
     def write_step(problems: Sequence[Problem], step: int) -> list[Trajectory]:

@@ -5,6 +5,7 @@ Not here: how either of them samples (sampling/), and what a recipe asks of them
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jax.sharding import Mesh
@@ -37,11 +38,7 @@ def make_samplers(config: RunConfig, roles: Roles, mesh: Mesh, whole: Callable[[
     sampling, recipe = config.sampling, config.recipe
     prompt, written = sampling.prompt_tokens, sampling.writer.max_tokens
 
-    def make(files: ModelFiles, role: str, prompt: int, response: int) -> Sampler:
-        if files.serve:
-            return remote(files, role, prompt + response)
-        return make_sampler(files, config, mesh, prompt, response)
-
+    make = partial(_make, config, mesh, remote)
     student = make(roles.student, "student", prompt, max(written, config.eval.max_tokens))
     writer = rewriter = None
     if recipe.write.by == "student":
@@ -50,8 +47,7 @@ def make_samplers(config: RunConfig, roles: Roles, mesh: Mesh, whole: Callable[[
         assert roles.teacher is not None
         writer = make(roles.teacher, "writer", prompt, written)
     if roles.rewriter is not None:
-        room = rewriting_room(config, roles.rewriter)
-        rewriter = make(roles.rewriter, "rewriter", room, sampling.rewriter.max_tokens)
+        rewriter = rewriting_sampler(config, roles.rewriter, mesh, remote)
     rewrites = rewriter is not None and roles.rewriter is roles.student
 
     def load_student(trained: Any, version: int) -> None:
@@ -60,6 +56,20 @@ def make_samplers(config: RunConfig, roles: Roles, mesh: Mesh, whole: Callable[[
             same_weights(rewriter, student)
 
     return Samplers(student, writer, rewriter, load_student, writer is student or rewrites)
+
+
+def rewriting_sampler(config: RunConfig, files: ModelFiles, mesh: Mesh, remote: Remote) -> Sampler:
+    """The one of the model that rewrites. It holds no weights yet."""
+    room, response = rewriting_room(config, files), config.sampling.rewriter.max_tokens
+    return _make(config, mesh, remote, files, "rewriter", room, response)
+
+
+def _make(
+    config: RunConfig, mesh: Mesh, remote: Remote, files: ModelFiles, role: str, prompt: int, response: int
+) -> Sampler:
+    if files.serve:
+        return remote(files, role, prompt + response)
+    return make_sampler(files, config, mesh, prompt, response)
 
 
 def load_frozen(samplers: Samplers, roles: Roles, mesh: Mesh, teacher_weights: Any) -> None:

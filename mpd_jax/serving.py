@@ -27,11 +27,20 @@ def require_window(key: str, servers: Servers, window: int, max_length: int) -> 
         )
 
 
+def unproved(held: ModelFiles) -> str:
+    """What is said of servers whose weights are not on the mesh."""
+    return (
+        f"{held.key}: that {', '.join(held.serve)} computes with {held.key}.path is unproved, for the mesh does not "
+        "hold these weights; `mpd-jax doctor` compares them"
+    )
+
+
 class Serving:
     """Makes the samplers of models that are served, once their servers answer.
 
     run_dir: holds responses until they are stored as what they are for. settings: see VLLMSampler. push: makes what
-    brings the student's weights to its servers, and what proves that those of another model hold it.
+    brings the student's weights to its servers, and what proves that those of another model hold it; without it
+    nothing does.
     """
 
     def __init__(
@@ -43,7 +52,7 @@ class Serving:
         secrets: Secrets,
         say: Callable[[str], None],
         progress: Callable[[str, int], AbstractContextManager[Callable[..., None]]],
-        push: MakePush,
+        push: MakePush | None = None,
     ):
         self._config, self._run_dir, self._settings = config.sampling.server, run_dir, settings
         # A key that cannot be one is process 0's to refuse.
@@ -63,7 +72,7 @@ class Serving:
     def sampler(self, held: ModelFiles, role: str, max_length: int) -> VLLMSampler:
         """A sampler of a served model, for prompts and responses of `max_length` tokens together."""
         servers = self.servers(held)
-        if held.key not in self._pushes:
+        if self._push is not None and held.key not in self._pushes:
             self._pushes[held.key] = self._push(held, self._key)
         window = hosts.from_main(lambda: servers.window)
         require_window(held.key, servers, window, max_length)

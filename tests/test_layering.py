@@ -26,7 +26,7 @@ LAYERS = [
     {"plan"},
     {"doctor"},
     {"run"},
-    {"use"},
+    {"use", "offline"},
     {"bench_head", "bench_pack", "bench_sample"},
     {"bench_serve", "bench_topk"},
     {"cli"},

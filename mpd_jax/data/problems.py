@@ -102,7 +102,8 @@ def read(config: ProblemsConfig, split: Literal["train", "heldout"]) -> tuple[Pr
 def read_jsonl(path: str | Path, columns: Mapping[str, str] | None = None, key: str = "columns") -> tuple[Problem, ...]:
     """The problems of a JSON Lines file. UserError names file, line and column of what cannot be read.
 
-    key: the setting under `problems` that names the columns.
+    key: the setting under `problems` that names the columns. A line with "dropped": true is left out: its rewrite was
+    given up (`mpd-jax rewrite`).
     """
     path, named = Path(path), dict(columns or {})
     if not path.is_file():
@@ -117,7 +118,10 @@ def read_jsonl(path: str | Path, columns: Mapping[str, str] | None = None, key: 
         if not text.strip():
             continue
         where = f"problems: {path}, line {number}"
-        problem = _problem(_row(text, where), named, where, f"{path.stem}:{number}", key)
+        row = _row(text, where)
+        if row.get("dropped") is True:
+            continue
+        problem = _problem(row, named, where, f"{path.stem}:{number}", key)
         if problem.id in problems:
             column = named.get("id", "id")
             raise UserError(f"{where}, column {column!r}: {problem.id!r} stands in line {lines[problem.id]} too")
