@@ -46,6 +46,7 @@ def _reasons(recipe: Recipe) -> list[tuple[bool, str]]:
         *_rewrite_reasons(recipe.rewrite),
         *_target_reasons(recipe),
         *_loss_reasons(recipe.loss),
+        *_sampled_reasons(recipe),
     ]
 
 
@@ -161,6 +162,11 @@ def _target_reasons(recipe: Recipe) -> list[tuple[bool, str]]:
             f"recipe.target.top_k: {target.top_k} makes one bucket of all other tokens, and "
             "recipe.loss.stabiliser=per_entry clips single tokens; use rescale or none, or top_k=0",
         ),
+        (
+            target.top_k > 0 and recipe.loss.merge_stops,
+            f"recipe.target.top_k: {target.top_k} tells of a stop token only where it is among the k most likely, and "
+            "recipe.loss.merge_stops adds all of them up; set merge_stops=false, or top_k=0",
+        ),
     ]
 
 
@@ -180,3 +186,27 @@ def _loss_reasons(loss: LossConfig) -> list[tuple[bool, str]]:
             )
         )
     return reasons
+
+
+def _sampled_reasons(recipe: Recipe) -> list[tuple[bool, str]]:
+    """policy_gradient is unbiased only over tokens that the student has just drawn."""
+    sampled = recipe.loss.kind == "policy_gradient"
+    says = "recipe.loss.kind: 'policy_gradient' estimates the reverse KL from tokens drawn from the student, and "
+    remedy = "or use kind=reverse_kl, which is exact on any text"
+    return [
+        (
+            sampled and recipe.rewrite.how != "nobody",
+            f"{says}recipe.rewrite.how={recipe.rewrite.how} replaces them, so that it would be biased; set "
+            f"how=nobody, {remedy}",
+        ),
+        (
+            sampled and recipe.write.by != "student",
+            f"{says}recipe.write.by={recipe.write.by} has others write, so that it would be biased; set by=student, "
+            f"{remedy}",
+        ),
+        (
+            sampled and recipe.target.top_k > 0,
+            f"{says}compares them with the target's, of which recipe.target.top_k={recipe.target.top_k} does not tell "
+            "where they are not among its k most likely; set top_k=0, or use kind=reverse_kl",
+        ),
+    ]

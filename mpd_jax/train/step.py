@@ -4,7 +4,7 @@ The batch's weights are already divided by the global token count, so micro-batc
 gradient. A non-finite loss or gradient leaves the state as it was and lowers the `finite` flag.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -119,10 +119,13 @@ def make_update(
     *,
     vocab_size: int,
     micro_batches: int = 1,
+    stop_ids: Sequence[int] = (),
 ) -> Update:
     """The update of a recipe. target: what is read on the mesh, None where the batch holds what servers read, or
-    nobody reads and the response tokens themselves are trained on."""
+    nobody reads and the response tokens themselves are trained on. stop_ids: those that loss.merge_stops merges."""
     student, target = student.on(mesh), target.on(mesh) if target else None
+    merged = tuple(stop_ids) if loss.merge_stops else ()
+    how: dict[str, Any] = {"mesh": mesh, "vocab_size": vocab_size}
     shardings = trained_shardings(student, tx, mesh) if mesh is not None else None
 
     def objective(trained: PyTree, base: PyTree, target_rows: tuple[jax.Array, jax.Array] | None, batch: TracedBatch):
@@ -130,19 +133,16 @@ def make_update(
         hidden_BTD = student.hidden(weights, batch.student_tokens_BT, segments_BT=batch.student_segments_BT)
         rows_RD = response_rows(hidden_BTD, batch.student_at_BR)
         head_VD, weight_R = student.head(weights), batch.weight_BR.reshape(-1)
+        label_R = batch.response_BR.reshape(-1)
         if loss.kind == "cross_entropy":
-            labels_R = batch.response_BR.reshape(-1)
-            return fused_cross_entropy(
-                rows_RD, head_VD, labels_R, weight_R, mesh=mesh, vocab_size=vocab_size, chunk=loss.chunk
-            )
+            return fused_cross_entropy(rows_RD, head_VD, label_R, weight_R, merged=merged, chunk=loss.chunk, **how)
         if target_rows is not None:
+            drawn = label_R if loss.kind == "policy_gradient" else None
             return fused_divergence(
-                rows_RD, head_VD, *target_rows, weight_R, loss=loss, mesh=mesh, vocab_size=vocab_size
+                rows_RD, head_VD, *target_rows, weight_R, loss=loss, label_R=drawn, merged=merged, **how
             )
         ids_RK, logprobs_RK = (x.reshape(-1, x.shape[-1]) for x in (batch.top_ids_BRK, batch.top_logprobs_BRK))
-        return fused_bucket_divergence(
-            rows_RD, head_VD, ids_RK, logprobs_RK, weight_R, loss=loss, mesh=mesh, vocab_size=vocab_size
-        )
+        return fused_bucket_divergence(rows_RD, head_VD, ids_RK, logprobs_RK, weight_R, loss=loss, **how)
 
     def piece(trained: PyTree, base: PyTree, target_weights: PyTree, batch: TracedBatch) -> tuple[PyTree, Out]:
         """Gradient and sums of one micro-batch. The target is read outside the differentiated function."""
