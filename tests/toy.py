@@ -1,5 +1,6 @@
 """A model of no context, for what an update does around its models: it compiles in a moment."""
 
+import functools
 from contextlib import nullcontext
 
 import jax
@@ -37,10 +38,18 @@ def toy_weights(seed: int):
     return {name: rng.normal(size=(VOCAB, 8)).astype(np.float32) for name in ("embedding_VD", "head_VD")}
 
 
-def toy_step(batch, loss, *, target=True, micro_batches=1, stop_ids=()):
-    """Out and gradient, on the host, of one update of toys."""
+@functools.cache
+def toy_update(loss, target=True, micro_batches=1, stop_ids=()):
     how = {"vocab_size": VOCAB, "micro_batches": micro_batches, "stop_ids": stop_ids}
-    update = make_update(Toy(), Toy() if target else None, loss, GRADIENT, None, **how)
+    return make_update(Toy(), Toy() if target else None, loss, GRADIENT, None, **how)
+
+
+def toy_start() -> Trained:
     weights = jax.tree.map(jax.numpy.asarray, toy_weights(0))
-    trained, out = update(Trained(weights, init_opt_state(GRADIENT, weights)), toy_weights(1), batch)
+    return Trained(weights, init_opt_state(GRADIENT, weights))
+
+
+def toy_step(batch, loss, **how):
+    """Out and gradient, on the host, of one update of toys."""
+    trained, out = toy_update(loss, **how)(toy_start(), toy_weights(1), batch)
     return jax.device_get(out), jax.device_get(trained.opt_state.trace)

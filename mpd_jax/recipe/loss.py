@@ -39,6 +39,8 @@ class LossConfig:
                     their gradient, negative ones keep theirs, so loss and step can point the wrong way.
     merge_stops     all ids that end the student's responses are one outcome, whose probability is their sum on both
                     sides: a target that ends by another of them is no divergence (2609.20511).
+    token_weight    a function of recipe/weights.py, or package.module:function, whose value each token's weight is
+                    multiplied by; "none" does nothing. Any other costs one more forward pass of both models.
     reduction       what `weight_R` is made of: "token_mean" divides by the step's token count, "sum" does not.
     chunk           rows a chunk at most; 0 chooses by size.
     """
@@ -49,6 +51,7 @@ class LossConfig:
     stabiliser: Stabiliser = "none"
     clip: float = 0.05
     merge_stops: bool = False
+    token_weight: str = "none"
     reduction: Reduction = "token_mean"
     chunk: int = 0
 

@@ -10,6 +10,7 @@ from mpd_jax.data.chat import Contexts, check_contexts
 from mpd_jax.recipe.loss import LossConfig
 from mpd_jax.recipe.rewrite import RewriteConfig
 from mpd_jax.recipe.target import TargetConfig
+from mpd_jax.recipe.weights import token_weight
 from mpd_jax.recipe.write import WriteConfig
 from mpd_jax.types import UserError
 
@@ -38,6 +39,7 @@ def validate(recipe: Recipe) -> None:
     if found:
         raise UserError("\n".join(found))
     check_contexts(recipe.contexts)
+    token_weight(recipe.loss.token_weight)
 
 
 def _reasons(recipe: Recipe) -> list[tuple[bool, str]]:
@@ -132,6 +134,11 @@ def _target_reasons(recipe: Recipe) -> list[tuple[bool, str]]:
             kind != "cross_entropy" and none,
             f"recipe.loss.kind: {kind!r} measures the distance to a distribution, and recipe.target.weights=none gives "
             "none; set weights to teacher, self_frozen or self_refreshed, or use kind=cross_entropy",
+        ),
+        (
+            none and recipe.loss.token_weight == "entropy_guided",
+            "recipe.loss.token_weight: 'entropy_guided' lowers the tokens that the target is unsure of, and "
+            "recipe.target.weights=none has no entropy; set token_weight=none, or name a target",
         ),
         (
             target.every is not None and not refreshed,
