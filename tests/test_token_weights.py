@@ -1,7 +1,9 @@
 """Token weights: statistics of the whole batch, no padding in them, no gradient through them."""
 
+import re
 import sys
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 
 import jax
@@ -148,6 +150,33 @@ def test_without_a_token_weight_there_is_no_pass_more(monkeypatch):
 def test_a_weight_that_is_none_for_each_token_is_refused():
     with pytest.raises(UserError, match=r"token_weight: .* an array of shape \(\); .* of the shape \(8, 6\)"):
         toy_step(make_batch(), LossConfig(token_weight="own_weights:scalar"))
+
+
+@pytest.fixture(scope="module")
+def readme():
+    """The functions of the README's example."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "def important" in b]
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
+def test_the_readme_s_importance_keeps_the_share_of_tokens_with_the_highest_score(readme):
+    stats = numbers(make_batch())
+    counts = stats.counts
+    h, d = ((x[counts] - x[counts].min()) / np.ptp(x[counts]) for x in (stats.student_entropy, stats.divergence))
+    score, kept = h + d - h * d, -(-counts.sum() // 4)
+    wanted = 4.0 * (score >= np.sort(score)[-kept])
+    assert wanted.sum() == 4 * kept
+    weight = jax.jit(partial(readme["important"], share=0.25))(stats)
+    np.testing.assert_array_equal(weight[counts], wanted)
+
+
+def test_the_readme_s_problem_weight_is_none_where_nothing_is_learnt(readme):
+    rates = np.array([[0.0, 0.25], [0.5, 1.0]])
+    stats = numbers(make_batch())._replace(pass_rate=rates)
+    np.testing.assert_array_equal(readme["neither_solved_nor_hopeless"](stats), [[0, 3 / 16], [1 / 4, 0]])
 
 
 def test_none_is_no_function():
