@@ -106,9 +106,14 @@ def test_packing_does_not_change_the_weights():
         Trajectory(p.id, 0, (3, i), (*rng.integers(10, VOCAB, 2 + i).tolist(), 1), "student", 0, "stopped")
         for i, p in enumerate(problems)
     ]
-    prompts = {p.id: (4, 5, 6) for p in problems}
     rates = {p.id: i / 5 for i, p in enumerate(problems)}
-    how = {"target_prompts": prompts, "reduction": "token_mean", "max_length": 32, "eos_ids": {1}, "pass_rates": rates}
+    how = {
+        "target_prompt": lambda t: (4, 5, 6),
+        "reduction": "token_mean",
+        "max_length": 32,
+        "eos_ids": {1},
+        "pass_rates": rates,
+    }
     alone, packed = (to_batch(problems, written, **how, alone=alone)[0] for alone in (True, False))
     assert alone.response_BR.shape[0] == 6 > packed.response_BR.shape[0]
     loss = LossConfig(token_weight="own_weights:of_all")
