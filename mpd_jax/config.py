@@ -201,6 +201,7 @@ def resolve(tree: dict, overrides: typing.Sequence[str] = ()) -> RunConfig:
     validate(config.recipe)
     _check_roles(config)
     _check_serving(config)
+    _check_sampled_loss(config)
     _check_training(config)
     return config
 
@@ -367,6 +368,24 @@ def _check_serving(config: RunConfig) -> None:
             raise UserError(
                 f"sampling.lookahead: 1 needs {name}.serve to be the address of a server, for {name} would sample on "
                 "the devices that train meanwhile; set it, or sampling.lookahead=0"
+            )
+
+
+def _check_sampled_loss(config: RunConfig) -> None:
+    """What `policy_gradient` trains on was drawn from the distribution that it trains."""
+    if config.recipe.loss.kind != "policy_gradient":
+        return
+    sampling = config.sampling
+    for key, value, neutral, why in (
+        ("writer.temperature", sampling.writer.temperature, 1.0, "draws from another distribution than is trained"),
+        ("writer.top_p", sampling.writer.top_p, 1.0, "leaves out tokens that the student gives mass"),
+        ("writer.top_k", sampling.writer.top_k, 0, "leaves out tokens that the student gives mass"),
+        ("lookahead", sampling.lookahead, 0, "has older weights write the text"),
+    ):
+        if value != neutral:
+            raise UserError(
+                f"sampling.{key}: {value} {why}, and recipe.loss.kind=policy_gradient would be biased; set it to "
+                f"{neutral}, or use kind=reverse_kl, which is exact on any text"
             )
 
 
