@@ -70,6 +70,10 @@ Best = Annotated[
     bool, typer.Option("--best", help="The run's best checkpoint by train.keep_best, instead of the newest.")
 ]
 
+WhileStdin = Annotated[
+    bool, typer.Option("--while-stdin", hidden=True, help="Stop, as by SIGTERM, when standard input ends.")
+]
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of text.")]
 
 
@@ -80,9 +84,7 @@ def train(
     coordinator: Coordinator = None,
     processes: Processes = None,
     process_id: ProcessId = None,
-    while_stdin: Annotated[
-        bool, typer.Option("--while-stdin", hidden=True, help="Stop, as by SIGTERM, when standard input ends.")
-    ] = False,
+    while_stdin: WhileStdin = False,
 ) -> None:
     """Train the run of CONFIG: evaluate, distil, evaluate again. The same command again resumes it.
 
@@ -231,6 +233,21 @@ def compare(
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     raise typer.Exit(1 if any(arm["state"] == "failed" for arm in result["arms"]) else 0)
+
+
+@app.command(hidden=True)
+def instructions(
+    config: Config,
+    swept: Annotated[list[str], typer.Argument(help="The keys that are swept.")],
+    while_stdin: WhileStdin = False,
+) -> None:
+    """What `compare` asks of a finished run for a swept instruction: how its reader fares by itself."""
+    from mpd_jax.config import load
+    from mpd_jax.eval import instructions
+
+    if while_stdin:
+        _stop_with_stdin()
+    instructions.measure(load(config), swept)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from mpd_jax import config, hosts
 from mpd_jax.eval import compare, comparison, pareto
 from mpd_jax.eval.arms import Arm, is_finished, plan, read_result, read_sweep, share_evaluations
 from mpd_jax.eval.evaluate import Sample, write_samples
+from mpd_jax.eval.instructions import readers
 from mpd_jax.eval.intervals import Compared, Interval
 from mpd_jax.run import BASE, CONCISE, evaluated_with, samples_path
 from mpd_jax.types import UserError
@@ -154,7 +155,7 @@ def test_a_method_of_which_no_run_is_over_has_an_empty_row(tmp_path):
     make(arms[0])
     results = [read_result(arms[0])]
     lines = comparison.lines(arms, results, arms[1:])
-    assert comparison.cells(lines[4], " ") == ["crisp (n = 0, 1 failed)", *[""] * 7]
+    assert comparison.cells(lines[4], " ") == ["crisp (n = 0, 1 failed)", *[""] * 8]
     pareto.plot(lines, tmp_path / "plot.png")
     assert comparison.as_csv(lines).count("\n") == 11 and comparison.as_markdown(lines, results)
 
@@ -177,7 +178,7 @@ def test_the_files_of_a_comparison_say_the_same(tmp_path):
     console = Console(width=comparison.WIDTH, file=io.StringIO(), record=True)
     console.print(comparison.table(report.lines(), report.of_all()))
     text = console.export_text()
-    assert max(map(len, text.splitlines())) <= comparison.WIDTH and "…" not in text and "2k / 700 / 360" in text
+    assert max(map(len, text.splitlines())) <= comparison.WIDTH and "…" not in text and "2k / 700 /" in text
 
 
 def test_an_arm_is_over_when_its_config_and_evaluations_are_those_of_now(tmp_path):
@@ -283,6 +284,45 @@ def test_a_comparison_that_is_stopped_passes_it_on_and_goes_on_later(made, monke
     assert {arm["state"] for arm in run(made)["arms"]} == {"finished"}
 
 
+@pytest.mark.parametrize(
+    ("config_file", "swept", "who"),
+    [
+        (0, ["recipe.contexts.compress"], ("rewrites",)),
+        (0, ["recipe.contexts.concise"], ()),  # MPD's target reads the plain prompt
+        (0, ["recipe.target.context", "recipe.contexts.compress"], ("target", "rewrites")),
+        (1, ["recipe.contexts.concise"], ("target",)),
+        (1, ["recipe.contexts.compress"], ()),
+        (1, ["recipe.target.every"], ()),
+    ],
+)
+def test_who_reads_a_swept_instruction(config_file, swept, who):
+    assert readers(config.load(CONFIGS[config_file]), swept) == who
+
+
+def test_a_swept_instruction_is_measured_once_beside_its_run(made, tmp_path):
+    sweep = ['recipe.contexts.compress=["{question} {draft} Brief.", "{question} {draft} Short."]']
+    arms = plan(CONFIGS[:1], WITH, sweep, 2, tmp_path / "out")
+    for arm in arms:
+        make(arm, made / arm.directory.name)
+    found = {"rewrites": {t: [[0.75, 0.5, 1.0], 31.0] for t in ("1", "0.6")}}
+    (made / "instruction.json").write_text(
+        json.dumps({"settings": evaluated_with(arms[0].settings), "readings": found})
+    )
+    measure = f"import sys, shutil, pathlib; made = pathlib.Path({str(made)!r}); print(*sys.argv[2:], file=open(made / "
+    measure += "'measured', 'a')); shutil.copy(made / 'instruction.json', pathlib.Path(sys.argv[1]).parent)"
+    train = (sys.executable, "-S", str(made.parent / "stub.py"), str(made))
+    words = {"seeds": 2, "out": tmp_path / "out", "jobs": 1, "train": train}
+    content = compare.run(CONFIGS[:1], WITH, sweep, **words, measure=(sys.executable, "-S", "-c", measure))
+    assert {arm["state"] for arm in content["arms"]} == {"finished"} and len(started(made)) == 4
+    assert (made / "measured").read_text() == "recipe.contexts.compress\n" * 2
+    trained = [row for row in content["rows"] if row["kind"] == "trained"]
+    assert [(row["rewrites_accuracy"], row["rewrites_tokens"], row["target_accuracy"]) for row in trained] == [
+        (0.75, 31.0, None)
+    ] * 4
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "| instruction alone, % |" in text and "| rewrites: 75.0 [50.0, 100.0] 31.0 tokens |" in text
+
+
 def test_a_run_ends_when_whoever_started_it_is_gone():
     code = "import mpd_jax.cli as c, time; c._stop_with_stdin(); print('up', flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
@@ -327,3 +367,15 @@ def test_two_methods_over_two_seeds_are_trained_killed_and_compared(tmp_path):
     content = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert {arm["state"] for arm in content["arms"]} == {"finished"} and len(content["arms"]) == 4
     assert [row["seeds"] for row in content["rows"]] == [2] * 5
+
+
+@pytest.mark.slow
+def test_a_swept_instruction_is_read_by_target_and_rewriter(tmp_path):
+    sweeps = ["recipe.target.context=[concise]", 'recipe.contexts.compress=["{question}\\nDraft:\\n{draft}\\nGo."]']
+    words = [sys.executable, "-m", "mpd_jax", "compare", CONFIGS[0], "--seeds", "1", "--out", str(tmp_path / "out")]
+    words += [word for override in SMALL for word in ("--with", override)]
+    done = subprocess.run([*words, "--sweep", sweeps[0], "--sweep", sweeps[1], "--json"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    row = json.loads(done.stdout)["rows"][-1]
+    assert row["target_accuracy"] > 0.5 and row["target_tokens"] < 48
+    assert row["rewrites_accuracy"] is not None and row["rewrites_tokens"] < 48

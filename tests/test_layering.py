@@ -26,7 +26,7 @@ LAYERS = [
     {"plan"},
     {"doctor"},
     {"run"},
-    {"use", "eval.arms", "eval.comparison", "eval.pareto", "eval.compare"},
+    {"use", "eval.instructions", "eval.arms", "eval.comparison", "eval.pareto", "eval.compare"},
     {"bench_head", "bench_pack", "bench_sample"},
     {"bench_serve", "bench_topk"},
     {"cli"},

@@ -21,6 +21,7 @@ from mpd_jax import config, files
 from mpd_jax.config import RunConfig, RunSection
 from mpd_jax.eval import evaluate as evaluation
 from mpd_jax.eval.evaluate import EvalRow, Sample
+from mpd_jax.eval.instructions import Readings, is_measured, read_readings, readers
 from mpd_jax.files import write_atomically
 from mpd_jax.run import BASE, CONCISE, TRAINED, is_evaluated, samples_path
 from mpd_jax.train.metrics import read_rows
@@ -54,6 +55,10 @@ class Arm:
     @property
     def name(self) -> str:
         return f"{self.label}, seed {self.seed}"
+
+    @property
+    def swept(self) -> tuple[str, ...]:
+        return tuple(key for key, _ in self.values)
 
 
 def shown(value: Any) -> str:
@@ -160,6 +165,16 @@ def wanted(arm: Arm) -> tuple[str, ...]:
 
 
 def is_finished(arm: Arm) -> bool:
+    """Whether its run is over, and a swept instruction measured."""
+    return is_trained(arm) and (not wants_reading(arm) or is_measured(arm.directory, arm.settings))
+
+
+def wants_reading(arm: Arm) -> bool:
+    """Whether what its instruction is worth by itself is measured beside it: with one seed of each."""
+    return arm.seed == 0 and bool(readers(arm.settings, arm.swept))
+
+
+def is_trained(arm: Arm) -> bool:
     """Whether its run, with this config, is over and summed up."""
     there = arm.directory / "config.yaml"
     if not (there.is_file() and (arm.directory / "summary.json").is_file()):
@@ -207,6 +222,7 @@ class Result:
     vanilla: dict[float, EvalRow]
     concise: dict[float, EvalRow]
     trained: dict[float, EvalRow]
+    readings: dict[float, Readings]
     spent: Spent
 
 
@@ -222,6 +238,7 @@ def read_result(arm: Arm) -> Result:
         {row.temperature: row for row in evaluation.rows_of(samples)},
         by_temperature.get(CONCISE, {}),
         by_temperature[names[-1]],
+        {t: read_readings(arm.directory, t) for t in arm.settings.eval.temperatures if wants_reading(arm)},
         _spent(read_rows(arm.directory / "metrics.jsonl")),
     )
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from mpd_jax import config, hosts
 from mpd_jax.eval import comparison, pareto
-from mpd_jax.eval.arms import Arm, Result, is_finished, plan, read_result, share_evaluations, untold
+from mpd_jax.eval.arms import Arm, Result, is_finished, is_trained, plan, read_result, share_evaluations, untold
 from mpd_jax.files import write_atomically
 from mpd_jax.lock import locked
 from mpd_jax.run import refuse_another_run
@@ -29,6 +29,7 @@ from mpd_jax.types import UserError
 
 # How an arm is trained: its config's path follows. It stops, as by SIGTERM, when this process is gone.
 TRAIN = (sys.executable, "-m", "mpd_jax", "train", "--while-stdin")
+MEASURE = (sys.executable, "-m", "mpd_jax", "instructions", "--while-stdin")  # swept keys follow too
 POLL_S = 0.5
 TAIL = 15  # lines of a failed arm's log that are shown
 ORPHANS_S = 120.0  # how long runs that a killed comparison left have to save
@@ -43,10 +44,11 @@ def run(
     out: Path,
     jobs: int,
     train: Sequence[str] = TRAIN,
+    measure: Sequence[str] = MEASURE,
 ) -> dict[str, Any]:
     """Trains the arms that are not over, and returns what compare.json holds. Stopped once a signal asked for it.
 
-    train: the command that trains the config whose path follows it.
+    train, measure: the commands that train the config whose path follows, and that measure its swept instructions.
     """
     if jobs < 1:
         raise UserError(f"--jobs: {jobs} is not allowed; it must be 1 or more")
@@ -62,7 +64,7 @@ def run(
                 report.add(arm)
         waiting = [arm for arm in arms if arm.name not in report.results]
         _wait_for_orphans(waiting, screen)
-        work = _Work(report, screen, jobs, train, deque(waiting))
+        work = _Work(report, screen, jobs, train, measure, deque(waiting))
         try:
             with screen.bar("arms", len(arms)) as advance:
                 work.through(advance)
@@ -73,8 +75,9 @@ def run(
         content = report.write()
     console = Console(file=sys.stderr, highlight=False)
     if report.results:
-        console.width = max(console.width, comparison.WIDTH)
-        console.print(comparison.table(report.lines(), report.of_all()))
+        table = comparison.table(report.lines(), report.of_all())
+        console.width = max(console.width, table.width or 0)
+        console.print(table)
     screen.say(f"{out}: compare.md, compare.csv, compare.json, compare.png, and a run directory an arm")
     return content
 
@@ -168,6 +171,7 @@ class _Report:
 @dataclass
 class _Running:
     arm: Arm
+    measures: bool
     process: subprocess.Popen
     log: Path
     log_start: int
@@ -190,6 +194,7 @@ class _Work:
     screen: Screen
     jobs: int
     train: Sequence[str]
+    measure: Sequence[str]
     waiting: deque[Arm]
     running: list[_Running] = field(default_factory=list)
     took: list[float] = field(default_factory=list)
@@ -232,23 +237,28 @@ class _Work:
         share_evaluations(arm, self.report.arms)
         settings, log = arm.directory / "arm.yaml", arm.directory / "train.log"
         write_atomically(settings, config.to_yaml(arm.settings))
+        measures = is_trained(arm)
+        command = [*self.measure, str(settings), *arm.swept] if measures else [*self.train, str(settings)]
         with open(log, "ab") as out:
             # A session of its own: Ctrl-C is ours to pass on. Standard input ends with this process.
             process = subprocess.Popen(
-                [*self.train, str(settings)],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            self.running.append(_Running(arm, process, log, out.tell(), time.monotonic()))
+            self.running.append(_Running(arm, measures, process, log, out.tell(), time.monotonic()))
 
     def _settle(self, one: _Running) -> None:
-        """An arm whose process has ended is over, or it failed."""
+        """An arm whose process has ended is over, has its instruction still to be measured, or failed."""
         arm, code = one.arm, one.process.returncode
-        if is_finished(arm):
+        if not one.measures and is_trained(arm):
             self.took.append(time.monotonic() - one.began)
+        if is_finished(arm):
             self.report.add(arm)
+        elif is_trained(arm) and not one.measures:
+            self.waiting.appendleft(arm)
         else:
             with open(one.log, "rb") as file:
                 file.seek(one.log_start)

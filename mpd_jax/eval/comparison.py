@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from mpd_jax.eval import intervals
 from mpd_jax.eval.arms import Arm, Result, Spent, concise_wordings
 from mpd_jax.eval.evaluate import EvalRow, truncation_row
+from mpd_jax.eval.instructions import UNREAD, Readings
 from mpd_jax.eval.intervals import Compared, Interval
 
 VANILLA = "vanilla"
-WIDTH = 118  # columns of the table on a screen
+WIDTH, READ_WIDTH = 118, 22  # columns of the table on a screen
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Line:
     """A row. kind: "vanilla", "concise", "cut" or "trained". seeds: how many it is the mean of.
 
     failed: seeds whose run failed. figures, spent: None where no seed is over; spent is the mean a seed, and of trained
-    rows alone.
+    rows alone. readings: of a swept instruction by itself.
     """
 
     method: str
@@ -38,6 +40,7 @@ class Line:
     failed: int
     figures: Compared | None
     spent: Spent | None = None
+    readings: Readings = UNREAD
 
 
 def lines(arms: Sequence[Arm], results: Sequence[Result], failed: Sequence[Arm] = ()) -> list[Line]:
@@ -54,9 +57,11 @@ def _at(temperature: float, arms: Sequence[Arm], results: Sequence[Result], fail
     vanilla = {seed: r.vanilla[temperature] for seed, r in base.items()}
     found: list[Line] = []
 
-    def add(method: str, kind: str, rows: Mapping[int, EvalRow], spent: Sequence[Spent] = ()) -> None:
+    def add(method: str, kind: str, rows: Mapping[int, EvalRow], own: Sequence[Result] = ()) -> None:
         figures = _figures(rows, vanilla) if rows else None
-        found.append(Line(method, temperature, kind, len(rows), failed.count(method), figures, _mean(spent)))
+        read = next((r.readings[temperature] for r in own if r.readings), UNREAD)
+        spent = _mean([r.spent for r in own])
+        found.append(Line(method, temperature, kind, len(rows), failed.count(method), figures, spent, read))
 
     add(VANILLA, "vanilla", vanilla)
     for wording, name in concise_wordings(arms).items():
@@ -70,7 +75,7 @@ def _at(temperature: float, arms: Sequence[Arm], results: Sequence[Result], fail
         cut = {seed: truncation_row(r.base[temperature], shortest) for seed, r in base.items()}
         add(f"{VANILLA}, cut at {shortest:.0f} tokens", "cut", cut)
     for label, own in by_method.items():
-        add(label, "trained", {r.arm.seed: r.trained[temperature] for r in own}, [r.spent for r in own])
+        add(label, "trained", {r.arm.seed: r.trained[temperature] for r in own}, own)
     return found
 
 
@@ -111,6 +116,10 @@ def flat(line: Line) -> dict[str, Any]:
         values |= dict(zip((name, f"{name}_lower", f"{name}_upper"), found, strict=True))
     for name in Spent.__dataclass_fields__:
         values[name] = getattr(line.spent, name) if line.spent else None
+    for name in Readings.__dataclass_fields__:
+        accuracy, tokens = getattr(line.readings, name) or ((None, None, None), None)
+        columns = (f"{name}_accuracy", f"{name}_accuracy_lower", f"{name}_accuracy_upper", f"{name}_tokens")
+        values |= dict(zip(columns, (*accuracy, tokens), strict=True))
     return values
 
 
@@ -133,11 +142,23 @@ HEADS = (
     "seconds",
     "tokens of writer / rewriter / trainer",
 )
+READ = "instruction alone, %"
+
+
+def heads(found: Sequence[Line]) -> tuple[str, ...]:
+    """`HEADS`, and one more where instructions were measured by themselves."""
+    return (*HEADS, READ) if any(line.readings != UNREAD for line in found) else HEADS
 
 
 def cells(line: Line, between: str) -> list[str]:
-    """The cells under `HEADS`; `between` stands between a mean and its interval."""
+    """The cells under `HEADS` and `READ`; `between` stands between a mean and its interval."""
     figures, spent = line.figures, line.spent
+    read = [
+        f"{name}: {100 * r.accuracy.mean:.1f}{between}[{100 * r.accuracy.lower:.1f}, {100 * r.accuracy.upper:.1f}]"
+        f"{between}{r.tokens:.1f} tokens"
+        for name in Readings.__dataclass_fields__
+        if (r := getattr(line.readings, name))
+    ]
 
     def interval(value: Interval, form: str, scale: float = 1.0) -> str:
         mean, lower, upper = (f"{scale * x:{form}}" for x in value)
@@ -146,9 +167,9 @@ def cells(line: Line, between: str) -> list[str]:
     told = [f"n = {line.seeds}"] if line.kind == "trained" else []
     told += [f"{line.failed} failed"] if line.failed else []
     name = line.method + (f"{between}({', '.join(told)})" if told else "")
-    roles = (spent.writer_tokens, spent.rewriter_tokens, spent.trainer_tokens) if spent else ()
+    roles = [_short(n) for n in (spent.writer_tokens, spent.rewriter_tokens, spent.trainer_tokens)] if spent else []
     if figures is None:
-        return [name, *[""] * (len(HEADS) - 1)]
+        return [name, *[""] * len(HEADS)]
     same = line.kind == "vanilla"
     return [
         name,
@@ -158,7 +179,8 @@ def cells(line: Line, between: str) -> list[str]:
         "" if same else interval(figures.reduction, ".1f", 100),
         "" if spent is None or spent.student_entropy is None else f"{spent.student_entropy:.3f}",
         "" if spent is None else f"{spent.seconds:.0f}",
-        " / ".join(map(_short, roles)),
+        f" /{between}".join([" / ".join(roles[:2]), *roles[2:]]),
+        (between if between == "\n" else "; ").join(read),
     ]
 
 
@@ -186,28 +208,32 @@ def said(results: Sequence[Result]) -> str:
 
 
 def as_markdown(found: Sequence[Line], results: Sequence[Result]) -> str:
-    parts = [said(results) + ".\n"]
+    parts, columns = [said(results) + ".\n"], heads(found)
     for temperature in dict.fromkeys(line.temperature for line in found):
-        rows = [cells(line, " ") for line in found if line.temperature == temperature]
-        table = [
-            HEADS,
-            ["---", *["---:"] * (len(HEADS) - 1)],
-            *([cell.replace("|", "\\|") for cell in r] for r in rows),
-        ]
+        rows = [cells(line, " ")[: len(columns)] for line in found if line.temperature == temperature]
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        table = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
         parts.append(f"## {heading(temperature)}\n")
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in table) + "\n")
     return "\n".join(parts)
 
 
 def table(found: Sequence[Line], results: Sequence[Result]) -> Table:
-    """All temperatures in one table of at most `WIDTH` columns."""
-    result = Table(caption=said(results), box=SIMPLE_HEAD, pad_edge=False, width=WIDTH)
+    """All temperatures in one table of `WIDTH` columns, and `READ_WIDTH` more where instructions were measured."""
+    more = heads(found)[len(HEADS) :]
+    result = Table(
+        caption=said(results),
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        width=WIDTH + (READ_WIDTH if more else 0),
+    )
     result.add_column(HEADS[0], overflow="fold")
-    for head in (*HEADS[1:-1], "tokens of writer\n/ rewriter / trainer"):
+    for head in (*HEADS[1:-1], "tokens: writer /\nrewriter /\ntrainer", *more):
         result.add_column(head, justify="right", no_wrap=True)
     for temperature in dict.fromkeys(line.temperature for line in found):
         result.add_row(f"[bold]{heading(temperature)}[/bold]")
         for line in found:
             if line.temperature == temperature:
-                result.add_row(*cells(line, "\n"))
+                result.add_row(*map(escape, cells(line, "\n")[: len(HEADS) + len(more)]))
     return result
