@@ -107,7 +107,7 @@ class RunConfig:
         """The sections whose models write and rewrite."""
         write, rewrite = self.recipe.write.by, self.recipe.rewrite
         named = "rewriter" if self.rewriter and rewrite.by == "teacher" else rewrite.by
-        return (*([write] if write != "dataset" else []), *([named] if rewrite.how == "compress" else []))
+        return (*([write] if write != "dataset" else []), *([named] if rewrite.by_model else []))
 
     @property
     def reproducible(self) -> bool:
@@ -322,17 +322,17 @@ def _check_roles(config: RunConfig) -> None:
     recipe = config.recipe
     needs = [
         (recipe.write.by == "teacher", "recipe.write.by=teacher"),
-        (recipe.rewrite.how == "compress" and recipe.rewrite.by == "teacher" and not config.rewriter,
+        (recipe.rewrite.by_model and recipe.rewrite.by == "teacher" and not config.rewriter,
          "recipe.rewrite.by=teacher"),
         (recipe.target.weights == "teacher", "recipe.target.weights=teacher"),
     ]  # fmt: skip
     for needed, reason in needs:
         if needed and config.teacher is None:
             raise UserError(f"teacher: missing, and {reason} needs one; add a teacher section with a path")
-    if config.rewriter and (recipe.rewrite.how != "compress" or recipe.rewrite.by == "student"):
+    if config.rewriter and (not recipe.rewrite.by_model or recipe.rewrite.by == "student"):
         raise UserError(
             f"rewriter: a model nobody uses, for recipe.rewrite is how={recipe.rewrite.how} by={recipe.rewrite.by}; "
-            "remove the section, or set how=compress and by=teacher"
+            "remove the section, or set how=compress or repair, and by=teacher"
         )
 
 
