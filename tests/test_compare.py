@@ -293,10 +293,14 @@ def test_a_comparison_that_is_stopped_passes_it_on_and_goes_on_later(made, monke
         (1, ["recipe.contexts.concise"], ("target",)),
         (1, ["recipe.contexts.compress"], ()),
         (1, ["recipe.target.every"], ()),
+        (2, ["recipe.contexts.repair"], ("rewrites",)),
+        (2, ["recipe.target.context"], ("rewrites",)),
+        (3, ["recipe.contexts.privileged"], ("target",)),
     ],
 )
 def test_who_reads_a_swept_instruction(config_file, swept, who):
-    assert readers(config.load(CONFIGS[config_file]), swept) == who
+    configs = [*CONFIGS, *(ROOT / "configs" / "tiny" / name for name in ("trd.yaml", "opsd.yaml"))]
+    assert readers(config.load(configs[config_file]), swept) == who
 
 
 def test_a_swept_instruction_is_measured_once_beside_its_run(made, tmp_path):

@@ -18,6 +18,7 @@ from mpd_jax.eval import evaluate as evaluation
 from mpd_jax.eval.grade import GraderPool
 from mpd_jax.eval.intervals import Interval
 from mpd_jax.files import AnyPath, path, read, write_atomically
+from mpd_jax.recipe.keep import KEPT
 from mpd_jax.roles import Roles, make_sampler, open_roles
 from mpd_jax.rollouts import recipe_parts
 from mpd_jax.run import BASE, evaluated_with, keep_compiled, samples_path
@@ -29,7 +30,7 @@ NAME = "instruction.json"
 
 
 class Reading(NamedTuple):
-    """Of the target's answers, or of rewrites: accuracy (a rewrite that is dropped is wrong), and mean tokens."""
+    """Of the target's answers, or of rewrites: accuracy (a rewrite that is not kept is wrong), and mean tokens."""
 
     accuracy: Interval
     tokens: float
@@ -47,12 +48,17 @@ UNREAD = Readings()
 
 
 def readers(c: RunConfig, swept: Sequence[str]) -> tuple[str, ...]:
-    """Who reads an instruction that is swept: target, rewrites, or nobody."""
-    target = c.recipe.target
-    by_target = {"recipe.target.context", "recipe.contexts", f"recipe.contexts.{target.context}"} & set(swept)
-    by_rewriter = {"recipe.contexts", "recipe.contexts.compress"} & set(swept)
-    found = ("target",) if by_target and target.weights != "none" else ()
-    return (*found, "rewrites") if by_rewriter and c.recipe.rewrite.how == "compress" else found
+    """Who reads an instruction that is swept: target, rewrites, or nobody.
+
+    A target that reads what a rewriter reads is told by its rewrites.
+    """
+    context, how = c.recipe.target.context, c.recipe.rewrite.how
+    read = {"recipe.contexts", "recipe.target.context", f"recipe.contexts.{context}"}
+    rewritten = {"recipe.contexts", f"recipe.contexts.{how}"}
+    if context == "rewrite":
+        read, rewritten = set(), rewritten | {"recipe.target.context"}
+    target = ("target",) if read & set(swept) and c.recipe.target.weights != "none" else ()
+    return (*target, "rewrites") if rewritten & set(swept) and c.recipe.rewrite.by_model else target
 
 
 def measure(c: RunConfig, swept: Sequence[str]) -> None:
@@ -87,12 +93,14 @@ def read_readings(run_dir: AnyPath, temperature: float) -> Readings:
 def _target(c: RunConfig, roles: Roles, mesh: Mesh, screen: Screen) -> dict[str, Any]:
     files = roles.target(c.recipe)
     assert files is not None
-    sampler = make_sampler(files, c, mesh, c.sampling.prompt_tokens, c.eval.max_tokens)
+    heldout = build.read_problems(c.problems, "heldout")[: c.eval.problems]
+    # A context may quote more than a problem.
+    longest = max(len(files.chat.prompt(c.recipe.target.context, problem)) for problem in heldout)
+    sampler = make_sampler(files, c, mesh, max(longest, c.sampling.prompt_tokens), c.eval.max_tokens)
     if files is roles.student:
         sampler.load(files.trains.over(files.base(mesh), files.start(mesh, c.run.seed)), 0)
     else:
         sampler.load(files.weights(mesh), 0)
-    heldout = build.read_problems(c.problems, "heldout")
     with screen.bar("the target's own answers", evaluation.count(heldout, c.eval)) as advance:
         rows = evaluation.evaluate(
             files.key,
@@ -142,13 +150,13 @@ def _rewrites(c: RunConfig, roles: Roles, mesh: Mesh, screen: Screen) -> dict[st
 
 
 def _judged(rewrites: Sequence[Trajectory], problems: Any, chat: Any, pool: GraderPool) -> Reading:
-    answers = ["" if t.dropped else chat.answer_text(t.response) for t in rewrites]
+    answers = [chat.answer_text(t.response) if t.verdict == KEPT else "" for t in rewrites]
     grades = pool.grade_many([(a, problems[t.problem_id].answer) for a, t in zip(answers, rewrites, strict=True)])
     right: dict[str, list[bool]] = {}
     for grade, t in zip(grades, rewrites, strict=True):
         right.setdefault(t.problem_id, []).append(grade.correct)
     accuracy_P = np.array([np.mean(values) for values in right.values()])
-    lengths = [len(t.response) for t in rewrites if not t.dropped]
+    lengths = [len(t.response) for t in rewrites if t.verdict == KEPT]
     return Reading(
         Interval(float(accuracy_P.mean()), *evaluation.interval(accuracy_P, 0.0, 1.0)),
         float(np.mean(lengths)) if lengths else 0.0,
