@@ -253,6 +253,7 @@ def build(
             refresh=partial(target.refresh, config.recipe.target),
             profile_steps=config.train.profile_steps,
             lookahead=config.sampling.lookahead,
+            max_age=config.recipe.rewrite.max_age,
             grade=partial(share_right, chat=student.chat),
             traces=lambda: update.traces,
         )

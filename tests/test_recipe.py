@@ -38,6 +38,8 @@ REFUSED = [
     ({"rewrite": {"window": 100}}, "recipe.rewrite.window: 100 bounds what a model reads"),
     ({"rewrite": {"how": "repair", "window": 0}}, "recipe.rewrite.window: 0 is not allowed"),
     ({"rewrite": {"too_long": "trim"}}, "recipe.rewrite.too_long: 'trim' shortens the draft"),
+    ({"rewrite": {"how": "compress", "max_age": -1}}, "recipe.rewrite.max_age: -1 is not allowed"),
+    ({"rewrite": {"max_age": 8}}, "recipe.rewrite.max_age: 8 lets rewrites be used again"),
     ({"target": {"context": "rewrite"}}, "recipe.target.context: 'rewrite' is what a rewriter reads"),
     (
         {"rewrite": {"how": "repair", "fallback": "original"}, "target": {"context": "rewrite"}},

@@ -91,3 +91,26 @@ def test_a_kill_or_a_full_disk_while_writing_leaves_the_old_file(tmp_path, monke
     assert str(path) in str(caught.value) and "run.dir" in str(caught.value)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_the_latest_of_each_problem_is_found_among_so_many_steps_and_forgotten_with_its_step(tmp_path):
+    def saved(step, *ids):
+        records.save(step, [replace(trajectory(name), version=step, attempt=n) for n, name in enumerate(ids)])
+
+    def found(step, within, records=None):
+        records = records or Records(tmp_path, seed=7)
+        return sorted((t.problem_id, t.attempt, t.version) for t in records.latest(step, PROBLEMS, within))
+
+    records = Records(tmp_path, seed=7)
+    saved(1, "a", "a", "b ")
+    saved(3, "c", "b ")
+    saved(5, "a")
+    for reader in (records, None):  # the one that saved them, and one that finds them on disk
+        assert found(5, 4, reader) == [("a", 0, 1), ("a", 1, 1), ("b ", 1, 3)]
+        assert found(5, 3, reader) == [("b ", 1, 3)] and found(6, 1, reader) == [("a", 0, 5)]
+        assert found(1, 9, reader) == []
+    assert Records(tmp_path, seed=7, settings="other").latest(5, PROBLEMS, 4) == []
+    records.forget_after(2)
+    assert found(5, 4, records) == found(5, 4) == [("a", 0, 1), ("a", 1, 1), ("b ", 2, 1)]
+    records.path(1).write_text(records.path(1).read_text()[:-10])
+    assert found(5, 4) == []

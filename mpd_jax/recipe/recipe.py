@@ -120,6 +120,16 @@ def _rewrite_reasons(rewrite: RewriteConfig) -> list[tuple[bool, str]]:
             f"{rewrite.how} none does; set how to compress or repair, or leave it at drop",
         ),
         (
+            rewrite.max_age < 0,
+            f"recipe.rewrite.max_age: {rewrite.max_age} is not allowed; it must be 0 (nothing is used again) or more "
+            "updates",
+        ),
+        (
+            rewrite.max_age > 0 and rewrite.how == "nobody",
+            f"recipe.rewrite.max_age: {rewrite.max_age} lets rewrites be used again, and recipe.rewrite.how=nobody "
+            "makes none; set it to 0, or let something rewrite",
+        ),
+        (
             truncate and len(budgets) != 1,
             f"recipe.rewrite.truncate_to: how=truncate needs one budget and got {len(budgets)}; set truncate_to "
             "(tokens) or truncate_ratio (share of the original's reasoning)",

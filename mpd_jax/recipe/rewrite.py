@@ -37,6 +37,9 @@ class RewriteConfig:
     truncate_ratio: the same as a share of the original's reasoning tokens.
     window:         tokens of problem, draft and rewrite together (MPD: 30,000); the model's own window unless given.
     too_long:       a draft that does not fit: drop the trajectory, or trim the draft's middle, which is counted.
+    max_age:        a problem that comes up again within so many updates is not written and rewritten anew: unless any
+                    of its trajectories was dropped, they are used again, until what the student wrote of them is older
+                    than that. 0 reuses nothing; TRD makes its whole set once.
     """
 
     how: How = "nobody"
@@ -48,6 +51,7 @@ class RewriteConfig:
     truncate_ratio: float | None = None
     window: int | None = None
     too_long: TooLong = "drop"
+    max_age: int = 0
 
     @property
     def by_model(self) -> bool:

@@ -5,9 +5,10 @@ started again repeats the same steps with the same trajectories.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -49,6 +50,7 @@ class Parts:
     saving:         (updates done) is called before each save.
     profile_steps:  first and last step of the trace under run_dir/profile; of several processes each has a directory.
     lookahead:      1: the next step's trajectories are made in a thread while this step trains, by weights one older.
+    max_age:        updates after which what the student wrote is used no more where its problem comes up again.
     grade:          share of the written trajectories that are right, if that can be told cheaply.
     """
 
@@ -75,6 +77,7 @@ class Parts:
     grade: Callable[[Sequence[Problem], Sequence[Trajectory]], float | None] | None = None
     profile_steps: tuple[int, int] | None = None
     lookahead: int = 0
+    max_age: int = 0
 
 
 def train(parts: Parts, state: RunState) -> RunState:
@@ -175,12 +178,14 @@ class _Run:
         """A step's trajectories; they are on disk before anyone uses them."""
         parts = self.parts
         begin(step, "write")
+        again = self.again(step, problems)
+        new = [problem for problem in problems if problem.id not in again]
         written = self.stored(step, problems, "written")
-        if written is None:
-            written = parts.write(problems, step)
+        if written is None or {t.problem_id for t in written} != {problem.id for problem in new}:
+            written = parts.write(new, step) if new else []
             parts.records.save(step, written, stage="written")
         begin(step, "rewrite")
-        final = parts.rewrite(problems, written, step)
+        final = joined(problems, again, parts.rewrite(new, written, step) if new else [])
         parts.records.save(step, final)
         return self.scored(step, problems, final, begin)
 
@@ -197,9 +202,23 @@ class _Run:
         return self.parts.score(problems, trajectories, step)
 
     def stored(self, step: int, problems: Sequence[Problem], stage: str) -> Sequence[Trajectory] | None:
-        """From disk, unless weights older than the look-ahead allows wrote them."""
-        found = self.parts.records.load(step, problems, stage=stage)
-        return None if found is not None and staleness(step, found) > self.parts.lookahead else found
+        """From disk, unless weights older than the look-ahead allows wrote them, or than max_age what is used again."""
+        parts = self.parts
+        found = parts.records.load(step, problems, stage=stage)
+        allowed = ((t, parts.max_age if t.reused else parts.lookahead) for t in found or ())
+        return None if any(staleness(step, [t]) > age for t, age in allowed) else found
+
+    def again(self, step: int, problems: Sequence[Problem]) -> dict[str, list[Trajectory]]:
+        """By problem what an earlier step left of it, where it may be used again. Only what is on disk of the steps
+        before this one decides, so that a resumed run finds the same."""
+        max_age, found = self.parts.max_age, defaultdict[str, list[Trajectory]](list)
+        for t in self.parts.records.latest(step, problems, max_age) if max_age else ():
+            found[t.problem_id].append(replace(t, reused=True))
+        return {
+            problem: each
+            for problem, each in found.items()
+            if staleness(step, each) <= max_age and not any(t.dropped for t in each)
+        }
 
     def batch(self, step: int, problems: Sequence[Problem], trajectories: Sequence[Trajectory]) -> Batch | None:
         self.parts.clock.begin(step, "update")
@@ -291,6 +310,18 @@ class _Run:
         self.parts.checkpoints.save(state)
         self.saved = state.step
         self.parts.clock.take()()
+
+
+def joined(
+    problems: Sequence[Problem], again: Mapping[str, Sequence[Trajectory]], made: Sequence[Trajectory]
+) -> Sequence[Trajectory]:
+    """Those that are used again and those that were made, in the order of the problems."""
+    if not again:
+        return made
+    of = {problem: list(each) for problem, each in again.items()}
+    for t in made:
+        of.setdefault(t.problem_id, []).append(t)
+    return [t for problem in problems for t in of[problem.id]]
 
 
 def staleness(step: int, trajectories: Sequence[Trajectory]) -> int:

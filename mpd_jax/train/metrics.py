@@ -116,9 +116,9 @@ def _ready_at(out: Out) -> float:
 
 def summarise(trajectories: Sequence[Trajectory]) -> Row:
     """What the ids alone tell: counts of verdicts and endings, lengths before and after rewriting, and tokens in all
-    that were written, read to be rewritten, and answered then."""
+    that were written, read to be rewritten, and answered then; what is used again cost none."""
     originals = [t.original or t for t in trajectories]
-    kept = [t for t in trajectories if not t.dropped]
+    kept, made = [t for t in trajectories if not t.dropped], [t for t in trajectories if not t.reused]
     before, after = [len(t.response) for t in originals], [len(t.response) for t in kept]
     before_kept = sum(len((t.original or t).response) for t in kept)
     return {
@@ -128,9 +128,10 @@ def summarise(trajectories: Sequence[Trajectory]) -> Row:
         "ended": dict(sorted(Counter(t.ended for t in originals).items())),
         "written_tokens": _mean(before),
         "response_tokens": _mean(after),
-        "written_total": sum(before),
-        "rewrite_prompt_total": sum(t.rewriting[0] for t in trajectories),
-        "rewritten_total": sum(t.rewriting[1] for t in trajectories),
+        "reused": len(trajectories) - len(made),
+        "written_total": sum(len((t.original or t).response) for t in made),
+        "rewrite_prompt_total": sum(t.rewriting[0] for t in made),
+        "rewritten_total": sum(t.rewriting[1] for t in made),
         "trimmed": sum(t.trimmed > 0 for t in trajectories),
         "compression_ratio": sum(after) / before_kept if before_kept else None,
     }

@@ -44,6 +44,7 @@ class Records:
         self.directory = run_dir / "trajectories"
         self._seed = seed
         self._settings = settings
+        self._lines_of: dict[int, dict[str, list[int]]] = {}  # of final files, by step and problem
 
     def path(self, step: int, stage: str = "final") -> AnyPath:
         suffix = "" if stage == "final" else f".{stage}"
@@ -55,12 +56,14 @@ class Records:
         files.write_atomically(self.path(step, stage), "\n".join([head, *map(to_json, trajectories)]) + "\n")
         if stage == "final":
             files.remove(self.path(step, "written"))
+            self._lines_of[step] = _by_problem(trajectories)
 
     def forget_after(self, step: int) -> None:
         """Removes the trajectories of later steps: they were sampled from weights that the run will not have."""
         for path in list(self.directory.glob("step_*.jsonl")) if hosts.is_main() else ():
             if int(path.name[len("step_") :].split(".")[0]) > step:
                 files.remove(path)
+        self._lines_of = {number: lines for number, lines in self._lines_of.items() if number <= step}
 
     def load(self, step: int, problems: Sequence[Problem], stage: str = "final") -> list[Trajectory] | None:
         """The trajectories of a step, or None when it has none on disk. Those of another run are refused.
@@ -70,9 +73,30 @@ class Records:
         lines = hosts.from_main(lambda: self._lines(step, problems, stage))
         return None if lines is None else [from_json(line) for line in lines]
 
-    def _lines(self, step: int, problems: Sequence[Problem], stage: str) -> list[str] | None:
-        path = self.path(step, stage)
-        data = files.read(path)
+    def latest(self, step: int, problems: Sequence[Problem], within: int) -> list[Trajectory]:
+        """Of each problem the trajectories of the last step that held it, among the `within` steps before this one.
+
+        Process 0 reads them, and tells the others.
+        """
+        lines = hosts.from_main(lambda: self._latest(step, {problem.id for problem in problems}, within))
+        return [from_json(line) for line in lines]
+
+    def _latest(self, step: int, wanted: set[str], within: int) -> list[str]:
+        found = []
+        for earlier in range(step - 1, max(step - within, 0) - 1, -1):
+            if earlier not in self._lines_of and (whole := self._whole(earlier, "final")):
+                self._lines_of[earlier] = _by_problem(whole[2])
+            numbers = self._lines_of.get(earlier, {})
+            here = wanted & numbers.keys()
+            if here:
+                lines = (files.read(self.path(earlier)) or b"").decode().splitlines()[1:]
+                found += [lines[number] for problem in here for number in numbers[problem]]
+                wanted = wanted - here
+        return found
+
+    def _whole(self, step: int, stage: str) -> tuple[dict[str, Any], list[str], list[Trajectory]] | None:
+        """Head, lines and trajectories of a file; None if it is absent, damaged, or made under other settings."""
+        data = files.read(self.path(step, stage))
         if data is None:
             return None
         try:
@@ -83,6 +107,13 @@ class Records:
             return None
         if head["settings"] != self._settings or head["count"] != len(trajectories):
             return None
+        return head, lines, trajectories
+
+    def _lines(self, step: int, problems: Sequence[Problem], stage: str) -> list[str] | None:
+        path, whole = self.path(step, stage), self._whole(step, stage)
+        if whole is None:
+            return None
+        head, lines, trajectories = whole
         strangers = sorted({t.problem_id for t in trajectories} - {p.id for p in problems})
         if head["seed"] != self._seed or strangers:
             found = f"problem {strangers[0]!r}" if strangers else f"run.seed = {head['seed']}"
@@ -91,3 +122,11 @@ class Records:
                 f"{self._seed}); choose another run.dir, or restore the run's own run.seed and problems"
             )
         return lines
+
+
+def _by_problem(trajectories: Sequence[Trajectory]) -> dict[str, list[int]]:
+    """Which of them are whose."""
+    found: dict[str, list[int]] = {}
+    for number, trajectory in enumerate(trajectories):
+        found.setdefault(trajectory.problem_id, []).append(number)
+    return found
