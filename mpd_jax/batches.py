@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from mpd_jax.config import RunConfig
-from mpd_jax.data.batching import BatchReport, to_batch
+from mpd_jax.data.batching import BatchReport, TargetPrompt, to_batch
 from mpd_jax.models.kernels import takes_segments
-from mpd_jax.roles import ModelFiles
+from mpd_jax.recipe.rewrite import rewriting_prompt
+from mpd_jax.roles import ModelFiles, rewriting_room
 from mpd_jax.types import Batch, Problem, Trajectory
 
 
@@ -23,11 +24,30 @@ def batch_to_train_on(
     trajectories: Sequence[Trajectory],
 ) -> Batch | None:
     """The kept trajectories, packed if all who read can; the target reads under its own context."""
-    prompts = None
-    if target_files is not None:
-        prompts = {p.id: target_files.chat.prompt(config.recipe.target.context, p) for p in problems}
-    batch, report = batch_of(config, mesh, student, target_files, problems, trajectories, prompts)
+    reads = target_prompt(config, student, target_files, problems) if target_files else None
+    batch, report = batch_of(config, mesh, student, target_files, problems, trajectories, reads)
     return batch if report.trajectories else None
+
+
+def target_prompt(
+    config: RunConfig, student: ModelFiles, target: ModelFiles, problems: Sequence[Problem]
+) -> TargetPrompt:
+    """What the target reads before a trajectory's response, under recipe.target.context.
+
+    Under `rewrite` it is what a rewriter reads, problem, draft and instruction (TRD, 2606.08432).
+    """
+    by_id, context, how = {p.id: p for p in problems}, config.recipe.target.context, config.recipe.rewrite
+
+    def reads(t: Trajectory) -> Sequence[int] | None:
+        problem = by_id[t.problem_id]
+        if context != "rewrite":
+            return target.chat.prompt(context, problem)
+        assert t.original is not None, f"problem {t.problem_id}: no rewrite, and its target reads under `rewrite`"
+        draft, room = student.chat.draft(t.original.response), rewriting_room(config, target)
+        found = rewriting_prompt(target.chat, how.how, problem, draft, room, how.too_long)
+        return found[0] if found else None
+
+    return reads
 
 
 def batch_of(
@@ -37,15 +57,15 @@ def batch_of(
     target_files: ModelFiles | None,
     problems: Sequence[Problem],
     trajectories: Sequence[Trajectory],
-    prompts: dict[str, tuple[int, ...]] | None,
+    reads: TargetPrompt | None,
 ) -> tuple[Batch, BatchReport]:
-    """The arrays of these trajectories as this run packs them; `prompts`: what the target reads before each problem."""
+    """The arrays of these trajectories as this run packs them; `reads`: what the target reads before a response."""
     top_k = config.recipe.target.top_k
     reading = (student, None if top_k else target_files)
     return to_batch(
         problems,
         trajectories,
-        target_prompts=prompts,
+        target_prompt=reads,
         reduction=config.recipe.loss.reduction,
         max_length=config.train.max_length,
         eos_ids=student.eos_ids,

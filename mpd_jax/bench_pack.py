@@ -99,7 +99,7 @@ def _batch(drawn: np.ndarray, form: str, row: int) -> Batch:
     return to_batch(
         problems,
         made,
-        target_prompts={problem.id: prompt for problem in problems},
+        target_prompt=lambda t: prompt,
         reduction="token_mean",
         max_length=longest,
         eos_ids=(),

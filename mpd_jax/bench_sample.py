@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mpd_jax.build import read_problems
-from mpd_jax.data.chat import Contexts
+from mpd_jax.data.contexts import Contexts
 from mpd_jax.data.problems import ProblemsConfig
 from mpd_jax.models.config import ModelSpec
 from mpd_jax.roles import ModelFiles, open_model

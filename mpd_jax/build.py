@@ -19,11 +19,11 @@ from jax.sharding import Mesh
 from mpd_jax import __version__, hosts
 from mpd_jax.batches import batch_to_train_on
 from mpd_jax.config import RunConfig, flat, under
-from mpd_jax.data.chat import Contexts
+from mpd_jax.data.contexts import Contexts
 from mpd_jax.data.problems import ProblemsConfig, ProblemSet, read, refuse_overlap
 from mpd_jax.eval.grade import GraderPool
 from mpd_jax.files import AnyPath, Lines
-from mpd_jax.recipe import rewrite, target, write
+from mpd_jax.recipe import keep, target, write
 from mpd_jax.recipe.recipe import Recipe
 from mpd_jax.roles import ModelFiles, Roles, open_model, open_roles
 from mpd_jax.rollouts import Progress, recipe_parts, share_right
@@ -97,8 +97,13 @@ class Run:
 def require_what_is_read(recipe: Recipe, problems: Sequence[Problem]) -> None:
     """A problem that lacks what the recipe reads is told before anything was sampled."""
     for problem in problems:
-        if "correct" in recipe.rewrite.keep:
-            rewrite.reference(problem)
+        if "correct" in recipe.rewrite.keep or recipe.rewrite.how == "earliest_correct_prefix":
+            keep.reference(problem)
+        if recipe.target.context == "privileged" and problem.answer is None and problem.response is None:
+            raise UserError(
+                f"recipe.target.context: privileged shows a solution, and problem {problem.id!r} has neither response "
+                "nor answer; name their columns in problems.columns, or choose another context"
+            )
         if recipe.write.by == "dataset":
             write.worked_response(problem)
 

@@ -112,7 +112,7 @@ class RunConfig:
         """The sections whose models write and rewrite."""
         write, rewrite = self.recipe.write.by, self.recipe.rewrite
         named = "rewriter" if self.rewriter and rewrite.by == "teacher" else rewrite.by
-        return (*([write] if write != "dataset" else []), *([named] if rewrite.how == "compress" else []))
+        return (*([write] if write != "dataset" else []), *([named] if rewrite.by_model else []))
 
     @property
     def reproducible(self) -> bool:
@@ -145,13 +145,39 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def load(path: str | AnyPath, overrides: typing.Sequence[str] = ()) -> RunConfig:
-    """The config of a YAML file with `section.key=value` overrides applied. UserError names key, value and remedy."""
+    """The config of a YAML file with overrides applied. UserError names key, value and remedy.
+
+    An override is `section.key=value`, or another YAML file whose keys are laid over those before it.
+    """
     return resolve(read_yaml(path), overrides)
 
 
 def read_yaml(path: str | AnyPath) -> dict:
-    """The mapping in a YAML file."""
+    """The mapping in a YAML file, laid over those of the files that its key `over` names (paths beside it)."""
     path = files.path(path)
+    return _with_bases(path, _read_one(path), ())
+
+
+def _with_bases(path: AnyPath, tree: dict, above: tuple[str, ...]) -> dict:
+    over = tree.pop("over", [])
+    if not isinstance(over, list) or not all(isinstance(name, str) for name in over):
+        raise UserError(f"config {path}: over: {over!r} is not allowed; give a list of YAML files beside this one")
+    if str(path) in above:
+        raise UserError(f"config {path}: over: it lies over itself ({' over '.join(above)}); take one of them out")
+    base: dict = {}
+    for name in over:
+        under_it = path.parent / name
+        base = _laid_over(base, _with_bases(under_it, _read_one(under_it), (*above, str(path))))
+    return _laid_over(base, tree)
+
+
+def _laid_over(base: dict, tree: dict) -> dict:
+    """`tree` where it says something, `base` elsewhere; sections are laid over each other key by key."""
+    both = {k: _laid_over(base[k], v) for k, v in tree.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **tree, **both}
+
+
+def _read_one(path: AnyPath) -> dict:
     if not files.is_file(path):
         raise UserError(f"config {path}: no such file; give the path of a YAML file, such as configs/quickstart.yaml")
     try:
@@ -188,8 +214,12 @@ def resolve(tree: dict, overrides: typing.Sequence[str] = ()) -> RunConfig:
 def _override(tree: dict, text: str) -> dict:
     key, equals, value_text = text.partition("=")
     path = key.strip().split(".")
+    if not equals and text.endswith((".yaml", ".yml")):
+        return _laid_over(tree, read_yaml(text))
     if not equals or not all(path):
-        raise UserError(f"override {text!r}: write it as section.key=value, for example train.steps=10")
+        raise UserError(
+            f"override {text!r}: write it as section.key=value, for example train.steps=10, or name a YAML file"
+        )
     try:
         value = yaml.load(value_text, _UniqueKeyLoader)
     except UserError:
@@ -320,17 +350,17 @@ def _check_roles(config: RunConfig) -> None:
     recipe = config.recipe
     needs = [
         (recipe.write.by == "teacher", "recipe.write.by=teacher"),
-        (recipe.rewrite.how == "compress" and recipe.rewrite.by == "teacher" and not config.rewriter,
+        (recipe.rewrite.by_model and recipe.rewrite.by == "teacher" and not config.rewriter,
          "recipe.rewrite.by=teacher"),
         (recipe.target.weights == "teacher", "recipe.target.weights=teacher"),
     ]  # fmt: skip
     for needed, reason in needs:
         if needed and config.teacher is None:
             raise UserError(f"teacher: missing, and {reason} needs one; add a teacher section with a path")
-    if config.rewriter and (recipe.rewrite.how != "compress" or recipe.rewrite.by == "student"):
+    if config.rewriter and (not recipe.rewrite.by_model or recipe.rewrite.by == "student"):
         raise UserError(
             f"rewriter: a model nobody uses, for recipe.rewrite is how={recipe.rewrite.how} by={recipe.rewrite.by}; "
-            "remove the section, or set how=compress and by=teacher"
+            "remove the section, or set how=compress or repair, and by=teacher"
         )
 
 

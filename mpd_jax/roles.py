@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mpd_jax.config import RunConfig
-from mpd_jax.data.chat import Chat, Contexts, require_same_prompts, require_same_vocabulary
+from mpd_jax.data.chat import Chat, require_same_prompts, require_same_vocabulary
+from mpd_jax.data.contexts import Contexts
 from mpd_jax.models.config import ModelConfig, ModelSpec
 from mpd_jax.models.decoder import Model
 from mpd_jax.models.hf_weights import eos_ids, load_config, load_weights
@@ -149,12 +150,12 @@ def assign_roles(config: RunConfig, open_model: Callable[[str, ModelSpec, Contex
     recipe = config.recipe
     contexts = recipe.contexts
     student = open_model("student", config.student, contexts)
-    compress, teacher = recipe.rewrite.how == "compress", None
-    teacher_rewrites = compress and recipe.rewrite.by == "teacher" and config.rewriter is None
+    teacher, rewrites = None, recipe.rewrite.by_model
+    teacher_rewrites = rewrites and recipe.rewrite.by == "teacher" and config.rewriter is None
     if config.teacher and (recipe.write.by == "teacher" or recipe.target.weights == "teacher" or teacher_rewrites):
         teacher = open_model("teacher", config.teacher, contexts)
     rewriter = None
-    if compress:
+    if rewrites:
         named = open_model("rewriter", config.rewriter, contexts) if config.rewriter else teacher
         rewriter = student if recipe.rewrite.by == "student" else named
     return Roles(student, teacher, rewriter)
@@ -184,8 +185,12 @@ def requirements(config: RunConfig, roles: Roles) -> list[tuple[str, Callable[[]
     if recipe.target.weights == "none":  # only text travels
         return found
     if teacher is not None:
-        same = partial(require_same_prompts, student.chat, teacher.chat, teacher.key)
-        found.append((f"{teacher.key}: ids and plain prompt are the student's", same))
+        own = recipe.target.own_template and recipe.target.weights == "teacher"
+        require = require_same_vocabulary if own else require_same_prompts
+        what = "ids are" if own else "ids and plain prompt are"
+        found.append(
+            (f"{teacher.key}: {what} the student's", partial(require, student.chat, teacher.chat, teacher.key))
+        )
         found.append((f"{teacher.key}: the student knows its end", partial(_require_known_end, student, teacher)))
     if rewriter is not None and rewriter is not teacher and rewriter is not student:
         same = partial(require_same_vocabulary, student.chat, rewriter.chat, rewriter.key)
@@ -210,6 +215,19 @@ def _require_known_end(student: ModelFiles, teacher: ModelFiles) -> None:
             f"stops at {sorted(student.eos_ids)} only; add {end} to eos_token_id in the student's "
             "generation_config.json"
         )
+
+
+def rewriting_room(config: RunConfig, rewriter: ModelFiles) -> int:
+    """The longest prompt for a rewrite, in tokens: problem, whole draft and instruction, unless the window is short."""
+    sampling, window = config.sampling, rewriter.model.config.max_position_embeddings
+    window = min(config.recipe.rewrite.window or window, window)
+    room = min(2 * sampling.prompt_tokens + sampling.writer.max_tokens, window - sampling.rewriter.max_tokens)
+    if room <= sampling.prompt_tokens:
+        raise UserError(
+            f"sampling.rewriter.max_tokens: {sampling.rewriter.max_tokens} of a window of {window} tokens "
+            f"({rewriter.key}; recipe.rewrite.window) leave {room} for problem and draft; lower it, or raise the window"
+        )
+    return room
 
 
 def make_sampler(files: ModelFiles, config: RunConfig, mesh: Mesh, prompt: int, response: int) -> JaxSampler:

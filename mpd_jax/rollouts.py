@@ -12,8 +12,8 @@ from mpd_jax import hosts
 from mpd_jax.config import RunConfig
 from mpd_jax.data.chat import Chat
 from mpd_jax.eval.grade import GraderPool, grade
-from mpd_jax.recipe import rewrite, write
-from mpd_jax.roles import Roles
+from mpd_jax.recipe import keep, rewrite, write
+from mpd_jax.roles import Roles, rewriting_room
 from mpd_jax.samplers import Samplers
 from mpd_jax.train.curriculum import cap
 from mpd_jax.train.state import Memory
@@ -58,18 +58,19 @@ def recipe_parts(
             writer = write.ModelWriter(
                 role, samplers.writer, files.chat, student, sampling.writer, recipe.write.attempts, seed
             )
-    judge = rewrite.Judge(student, recipe.rewrite.keep, recipe.rewrite.fallback, partial(_correct, graders))
+    judge = keep.Judge(student, recipe.rewrite.keep, recipe.rewrite.fallback, partial(_correct, graders))
     match recipe.rewrite.how:
         case "nobody":
-            rewriter = rewrite.Nobody()
+            rewriter = rewrite.Nobody(judge)
+        case "earliest_correct_prefix":
+            rewriter = rewrite.EarliestCorrectPrefix(judge)
         case "truncate":
             rewriter = rewrite.Truncate(judge, recipe.rewrite.truncate_to, recipe.rewrite.truncate_ratio)
-        case "compress":
+        case "compress" | "repair" as how:
             assert samplers.rewriter is not None and roles.rewriter is not None
-            window, chat = samplers.rewriter.max_length, roles.rewriter.chat
-            rewriter = rewrite.ModelRewriter(
-                recipe.rewrite.by, samplers.rewriter, chat, sampling.rewriter, judge, seed, window
-            )
+            room, too_long = rewriting_room(config, roles.rewriter), recipe.rewrite.too_long
+            by, sampler, chat = recipe.rewrite.by, samplers.rewriter, roles.rewriter.chat
+            rewriter = rewrite.ModelRewriter(by, sampler, chat, sampling.rewriter, judge, seed, room, how, too_long)
 
     def write_step(problems: Sequence[Problem], step: int, memory: Memory) -> list[Trajectory]:
         by = writer

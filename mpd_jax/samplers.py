@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from mpd_jax.config import RunConfig
-from mpd_jax.roles import ModelFiles, Roles, make_sampler
+from mpd_jax.roles import ModelFiles, Roles, make_sampler, rewriting_room
 from mpd_jax.sampling.jax_sampler import JaxSampler
 from mpd_jax.sampling.sampler import Sampler
 
@@ -50,8 +50,8 @@ def make_samplers(config: RunConfig, roles: Roles, mesh: Mesh, whole: Callable[[
         assert roles.teacher is not None
         writer = make(roles.teacher, "writer", prompt, written)
     if roles.rewriter is not None:
-        # The rewriting prompt holds the problem, the whole draft and the instruction.
-        rewriter = make(roles.rewriter, "rewriter", prompt + written + prompt, sampling.rewriter.max_tokens)
+        room = rewriting_room(config, roles.rewriter)
+        rewriter = make(roles.rewriter, "rewriter", room, sampling.rewriter.max_tokens)
     rewrites = rewriter is not None and roles.rewriter is roles.student
 
     def load_student(trained: Any, version: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from mpd_jax import hosts
+from mpd_jax.batches import target_prompt
 from mpd_jax.config import RunConfig
 from mpd_jax.data.batching import fitting
 from mpd_jax.roles import ModelFiles, Roles
@@ -42,9 +43,9 @@ def scoring(
     hosts.from_main(lambda: scorer.check(max_length))
 
     def score(problems: Sequence[Problem], trajectories: Sequence[Trajectory], step: int) -> list[Trajectory]:
-        prompts = {p.id: target.chat.prompt(config.recipe.target.context, p) for p in problems}
-        read = fitting(trajectories, prompts, max_length)
-        texts = [(prompts[t.problem_id], t.response) for t in read]
+        reads = target_prompt(config, roles.student, target, problems)
+        read = fitting(trajectories, reads, max_length)
+        texts = [(reads(t) or (), t.response) for t in read]
         with progress(f"step {step + 1}: scoring", len(texts)) as advance:
 
             def told(done: int) -> None:

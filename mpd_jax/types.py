@@ -44,6 +44,7 @@ class Trajectory:
     dropped: True keeps the trajectory in the records and out of the batch.
     logprobs: the writer's own log-probability of each response token at temperature 1, or empty.
     rewriting: tokens that a rewriter read and answered for it, its own thinking among them, whatever the verdict.
+    trimmed: tokens of the original that the rewriter was not shown, for want of room.
     target: what a target on servers says of the response. It is not in the records: a target that never changes says it
     again, and it is a hundred times as long as the ids.
     """
@@ -60,6 +61,7 @@ class Trajectory:
     original: "Trajectory | None" = None
     logprobs: tuple[float, ...] = ()
     rewriting: tuple[int, int] = (0, 0)
+    trimmed: int = 0
     target: TopK | None = field(default=None, compare=False, repr=False)
 
 

@@ -40,7 +40,8 @@ def step():
 
 def batch_of(trajectories, targets, **changes):
     settings = {"reduction": "token_mean", "max_length": 4096, "eos_ids": {EOS}, "alone": True, **changes}
-    return to_batch(PROBLEMS, trajectories, target_prompts=targets, **settings)
+    prompt = targets and (lambda t: targets[t.problem_id])
+    return to_batch(PROBLEMS, trajectories, target_prompt=prompt, **settings)
 
 
 def plain(trajectories):
@@ -226,7 +227,7 @@ def test_a_pod_sized_step_is_packed_in_seconds():
     batch, _ = to_batch(
         problems,
         made,
-        target_prompts=plain(made),
+        target_prompt=lambda t: t.prompt,
         reduction="sum",
         max_length=16384,
         row_length=32768,

@@ -31,7 +31,9 @@ def test_sizes_that_cannot_work_are_told_before_the_run(override, told):
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["recipe.rewrite.keep=[correct]"], "recipe.rewrite.keep: 'correct' needs .* 'second' has none"),
+        (["recipe.rewrite.keep=[correct]"], "recipe.rewrite: problem 'second' has no reference answer"),
+        (["recipe.rewrite.how=earliest_correct_prefix"], "recipe.rewrite: problem 'second' has no reference answer"),
+        (["recipe.target.context=privileged"], "recipe.target.context: privileged .* 'second' has neither"),
         (["recipe.write.by=dataset"], "recipe.write.by=dataset: problem 'second' has no response"),
     ],
 )

@@ -9,7 +9,8 @@ import yaml
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from mpd_jax.data.chat import Chat, Contexts, check_contexts, require_same_prompts, require_same_vocabulary
+from mpd_jax.data.chat import Chat, require_same_prompts, require_same_vocabulary
+from mpd_jax.data.contexts import Contexts, check_contexts
 from mpd_jax.tiny_world import corpus
 from mpd_jax.types import Problem, UserError
 

@@ -49,7 +49,7 @@ def batch_for(mesh: MeshConfig | None, packing: str, micro_batches: int):
     return to_batch(
         problems,
         made,
-        target_prompts=targets,
+        target_prompt=lambda t: targets[t.problem_id],
         reduction="token_mean",
         max_length=64,
         eos_ids={VOCAB - 1},

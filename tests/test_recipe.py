@@ -32,8 +32,18 @@ SELF = {"weights": "self_refreshed", "context": "concise", "every": 50}
 REFUSED = [
     ({"write": {"attempts": 0}}, "recipe.write.attempts: 0 is not allowed"),
     ({"write": {"by": "dataset", "attempts": 2}}, "recipe.write.attempts: 2 with recipe.write.by=dataset"),
-    ({"rewrite": {"keep": ("finished",)}}, "recipe.rewrite.keep: ['finished'] judges rewrites"),
-    ({"rewrite": {"keep": ("correct",)}}, "recipe.rewrite.keep: ['correct'] judges rewrites"),
+    ({"rewrite": {"keep": ("shorter",)}}, "recipe.rewrite.keep: ['shorter'] compares a rewrite with its original"),
+    ({"rewrite": {"keep": ("same_answer",)}}, "recipe.rewrite.keep: ['same_answer'] compares a rewrite"),
+    ({"rewrite": {"by": "student"}}, "recipe.rewrite.by: 'student' has no part in recipe.rewrite.how=nobody"),
+    ({"rewrite": {"window": 100}}, "recipe.rewrite.window: 100 bounds what a model reads"),
+    ({"rewrite": {"how": "repair", "window": 0}}, "recipe.rewrite.window: 0 is not allowed"),
+    ({"rewrite": {"too_long": "trim"}}, "recipe.rewrite.too_long: 'trim' shortens the draft"),
+    ({"target": {"context": "rewrite"}}, "recipe.target.context: 'rewrite' is what a rewriter reads"),
+    (
+        {"rewrite": {"how": "repair", "fallback": "original"}, "target": {"context": "rewrite"}},
+        "recipe.rewrite.fallback: 'original' with recipe.target.context=rewrite",
+    ),
+    ({"target": {**SELF, "own_template": True}}, "recipe.target.own_template: true lets the teacher read"),
     ({"rewrite": {"fallback": "original"}}, "recipe.rewrite.fallback: 'original' replaces failed rewrites"),
     (
         {"rewrite": {"how": "compress", "keep": ("shorter", "shorter")}},
@@ -151,7 +161,9 @@ def test_the_four_axes_are_independent_but_for_the_loss_and_its_target():
         )
         matched = (weights == "none") == (kind == "cross_entropy")
         own_words = weights == "none" and write == "student" and how == "nobody"
-        sensible = matched and not own_words and not (weights == "none" and context == "concise")
+        asked = how in ("compress", "repair")
+        read = (weights != "none" or context == "plain") and (context != "rewrite" or asked)
+        sensible = matched and not own_words and read and (asked or by == "teacher")
         assert (not refusals(made)) == sensible
 
 
@@ -159,8 +171,10 @@ def answers(section: dict[str, Any]) -> tuple[str, str, str, str]:
     """A YAML file's recipe in the words of the method table."""
     rewrite, target = section["rewrite"], section["target"]
     how = rewrite["how"]
-    if how == "compress":
+    if how in ("compress", "repair"):
         how += f" by {rewrite['by']}"
+    if rewrite.get("truncate_to") == 0:
+        how += " to 0"
     weights = target["weights"]
     if weights == "self_refreshed":
         weights += f"({target['every']})"

@@ -65,7 +65,7 @@ def step():
 
 def batch_of(trajectories, prompts, **how):
     settings = {"reduction": "token_mean", "max_length": 48, "eos_ids": {EOS}, "multiple": 8}
-    return to_batch(PROBLEMS, trajectories, target_prompts=prompts, **settings, **how)[0]
+    return to_batch(PROBLEMS, trajectories, target_prompt=lambda t: prompts[t.problem_id], **settings, **how)[0]
 
 
 def gradient_of(batch, mesh=None, micro_batches=1):

@@ -5,7 +5,7 @@ target's (its own prompt) alike; a trajectory has the same row in both, alone or
 Nothing is appended, cut or encoded here.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +14,8 @@ import numpy as np
 from mpd_jax.data.packing import pack
 from mpd_jax.types import Batch, Problem, Trajectory
 
+# What the target reads before a trajectory's response; None where that fits nowhere.
+TargetPrompt = Callable[[Trajectory], Sequence[int] | None]
 Members = Sequence[Sequence[int]]  # the trajectories of each row, by number
 
 
@@ -34,7 +36,7 @@ def to_batch(
     problems: Sequence[Problem],
     trajectories: Sequence[Trajectory],
     *,
-    target_prompts: Mapping[str, Sequence[int]] | None,
+    target_prompt: TargetPrompt | None,
     reduction: str,
     max_length: int,
     eos_ids: Collection[int],
@@ -45,7 +47,7 @@ def to_batch(
 ) -> tuple[Batch, BatchReport]:
     """The trajectories that were not dropped, as arrays, and a report.
 
-    target_prompts: problem id -> the ids the target reads before the response; None where there is no target.
+    target_prompt: the ids the target reads before a trajectory's response; None where there is no target.
     top_k: above 0 the target has read them elsewhere, and its say is in the trajectories.
     row_length, multiple, alone: as `pack` takes them; rows of max_length unless told. Rows that nothing fills have
     weight 0. Unpacked, rows are in the order of problem and attempt.
@@ -53,13 +55,14 @@ def to_batch(
     order = {problem.id: at for at, problem in enumerate(problems)}
     live = [t for t in trajectories if not t.dropped]
     live.sort(key=lambda t: (order[t.problem_id], t.attempt))
-    kept = fitting(live, target_prompts, max_length)
-    targets = None if top_k else target_prompts
+    prompts = {id(t): target_prompt(t) for t in live} if target_prompt else {}
+    kept = fitting(live, target_prompt and (lambda t: prompts[id(t)]), max_length)
     for t in kept:
         _check_ends(t, eos_ids)
     responses = [t.response for t in kept]
     students = [t.prompt for t in kept]
-    readers = students if targets is None else [targets[t.problem_id] for t in kept]
+    read_here = target_prompt is not None and not top_k
+    readers = [prompts[id(t)] or () for t in kept] if read_here else students
     student, target = (
         [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)] for prompts in (students, readers)
     )
@@ -69,7 +72,7 @@ def to_batch(
     side = partial(_side, packing.members, responses)
     slots = packing.rows, packing.responses
     student_arrays = side(students, (packing.rows, packing.student), slots)
-    if targets is None:
+    if not read_here:
         empty = np.zeros((packing.rows, 1), np.int32)
         target_arrays = empty, empty, student_arrays[2]
     else:
@@ -83,15 +86,15 @@ def to_batch(
 
 
 def fitting(
-    trajectories: Sequence[Trajectory], target_prompts: Mapping[str, Sequence[int]] | None, max_length: int
+    trajectories: Sequence[Trajectory], target_prompt: TargetPrompt | None, max_length: int
 ) -> list[Trajectory]:
     """Those that are trained on: not dropped, and no longer than max_length for whoever reads them."""
-    targets = target_prompts or {}
 
-    def longest(t: Trajectory) -> int:
-        return max(len(t.prompt), len(targets.get(t.problem_id, ()))) + len(t.response)
+    def fits(t: Trajectory) -> bool:
+        target = t.prompt if target_prompt is None else target_prompt(t)
+        return target is not None and max(len(t.prompt), len(target)) + len(t.response) <= max_length
 
-    return [t for t in trajectories if not t.dropped and longest(t) <= max_length]
+    return [t for t in trajectories if not t.dropped and fits(t)]
 
 
 def _weight(reduction: str, tokens: int) -> np.float32:

@@ -10,12 +10,13 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from mpd_jax.data.contexts import PLACEHOLDER, Contexts
 from mpd_jax.types import Problem, UserError
 
 Ids = tuple[int, ...]
@@ -24,41 +25,9 @@ DELIMITER = "####"
 MARK = " >>> "  # where two prompts part
 OPEN, CLOSE = "<think>", "</think>"
 _DELIMITER_LINE = re.compile(rf"^[ \t]*({re.escape(DELIMITER)})[ \t]*\r?$", re.MULTILINE)
-_PLACEHOLDER = re.compile(r"\{(question|draft|reference)\}")
 _BLANKS = " \t\r\n"
 # Llama templates print today's date unless given one; a prompt must not depend on the day it is built.
 _DATE = "26 Jul 2024"
-_REWRITE_FORM = (
-    "Write the rewritten reasoning, then a line that holds only ####, then the final answer in \\boxed{}. Write no "
-    "introduction and no remarks."
-)
-
-
-@dataclass(frozen=True)
-class Contexts:
-    """The user message under each context. {question}, {draft} and {reference} are filled in; other braces stay.
-
-    The wordings are ours: the papers' own are not published (MPD) or paraphrased (CRISP's uniform prompt is `concise`).
-    """
-
-    plain: str = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-    concise: str = (
-        "{question}\n\nSolve it concisely and correctly: be direct, only the key steps, no elaboration, no restating. "
-        "Put your final answer within \\boxed{}."
-    )
-    compress: str = (
-        "Problem:\n{question}\n\nDraft of its solution:\n{draft}\n\nCondense the reasoning of the draft. Bring "
-        "together all the information in it that the answer needs, leave out restating, detours and repeated checks, "
-        "and introduce nothing new. " + _REWRITE_FORM
-    )
-    repair: str = (
-        "Problem:\n{question}\n\nDraft of its solution:\n{draft}\n\nThe draft may contain mistakes. Rewrite its "
-        "reasoning so that every step is right, and change nothing that is right already. " + _REWRITE_FORM
-    )
-    privileged: str = (
-        "{question}\n\nA reference solution:\n{reference}\n\nHaving understood it, solve the problem in your own "
-        "words. Please reason step by step, and put your final answer within \\boxed{}."
-    )
 
 
 @dataclass(frozen=True)
@@ -179,7 +148,7 @@ class Chat:
                 )
             return self.neutralise(text)
 
-        return _PLACEHOLDER.sub(fill, getattr(self.contexts, context))
+        return PLACEHOLDER.sub(fill, self.contexts.wording(context))
 
     def _reference(self, problem: Problem) -> str | None:
         if problem.response is None:
@@ -256,13 +225,13 @@ class Chat:
         if len(lines) != 1:
             return None
         start, end = lines[0].span(1)
-        cut, after = self._tokens_before(ids, start), self._tokens_through(ids, end)
+        cut, after = self._tokens_before(ids, start), self.tokens_through(ids, end)
         if text[len(self.decode(ids[:cut])) : start].strip() or text[end : len(self.decode(ids[:after]))].strip():
             return None
         reasoning, answer = self._without_blanks(ids[:cut], _BLANKS), self._without_blanks(ids[after:], _BLANKS)
         return (reasoning, answer) if self.decode(reasoning).strip() else None
 
-    def _tokens_before(self, ids: Ids, chars: int) -> int:
+    def _tokens_before(self, ids: Sequence[int], chars: int) -> int:
         """How many whole tokens lie in the first `chars` characters of the text."""
         low, high = 0, len(ids)
         while low < high:
@@ -270,7 +239,7 @@ class Chat:
             low, high = (middle, high) if len(self.decode(ids[:middle])) <= chars else (low, middle - 1)
         return low
 
-    def _tokens_through(self, ids: Ids, chars: int) -> int:
+    def tokens_through(self, ids: Sequence[int], chars: int) -> int:
         """How many tokens it takes to cover the first `chars` characters of the text."""
         count = self._tokens_before(ids, chars)
         return count if len(self.decode(ids[:count])) == chars else count + 1
@@ -405,19 +374,6 @@ def parting(ours: Sequence[int], theirs: Sequence[int]) -> int:
 def marked(chat: Chat, ids: Sequence[int], at: int) -> str:
     """The text of ids as a literal, with MARK before the one at `at`."""
     return f"{chat.text(ids[:at])!r}{MARK}{chat.text(ids[at:])!r}"
-
-
-def check_contexts(contexts: Contexts) -> None:
-    """Refuses a context that lacks what it must quote, or quotes what its reader may not see."""
-    needs = {"plain": (), "concise": (), "compress": ("draft",), "repair": ("draft",), "privileged": ("reference",)}
-    for field in fields(contexts):
-        text = getattr(contexts, field.name)
-        found, wanted = set(_PLACEHOLDER.findall(text)), {"question", *needs[field.name]}
-        if found != wanted:
-            missing = ", ".join(f"{{{name}}}" for name in sorted(wanted - found))
-            extra = ", ".join(f"{{{name}}}" for name in sorted(found - wanted))
-            remedy = f"add {missing}" if missing else f"remove {extra}"
-            raise UserError(f"recipe.contexts.{field.name}: {text!r} cannot be used; {remedy}")
 
 
 def user(content: str) -> dict[str, str]:

@@ -74,9 +74,10 @@ def _prompts(config: RunConfig, roles: Roles) -> list[Row]:
     if recipe.write.by == "teacher" and roles.teacher:
         asked.append(("writer", roles.teacher, "plain"))
     if target is not None:
-        asked.append(("target", target, recipe.target.context))
+        context = recipe.rewrite.how if recipe.target.context == "rewrite" else recipe.target.context
+        asked.append(("target", target, context))
     if roles.rewriter is not None:
-        asked.append(("rewriter", roles.rewriter, "compress"))
+        asked.append(("rewriter", roles.rewriter, recipe.rewrite.how))
     return [_prompt(role, files, context) for role, files, context in asked]
 
 

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mpd_jax.config import RunConfig
-from mpd_jax.data.chat import Chat, Contexts
+from mpd_jax.data.chat import Chat
+from mpd_jax.data.contexts import Contexts
 from mpd_jax.models.config import ModelConfig, ModelSpec
 from mpd_jax.models.hf_weights import load_config
 from mpd_jax.models.kernels import choose

@@ -133,7 +133,7 @@ def phases(config: RunConfig, roles: Roles, mesh: Mesh, *, elsewhere: bool = Fal
         job = _Job(samplers.student, "student", asked, prompt, config.eval.max_tokens, drawn)
         found += _sampled("evaluation", job, held, mesh)
     if isinstance(samplers.rewriter, JaxSampler):
-        room = prompt + sampling.writer.max_tokens + prompt
+        room = samplers.rewriter.max_length - sampling.rewriter.max_tokens
         job = _Job(samplers.rewriter, "rewriter", rows, room, sampling.rewriter.max_tokens, sampling.rewriter)
         found += _sampled("rewrite", job, held, mesh)
     update = build.update_of(config, roles, mesh)
@@ -154,7 +154,7 @@ def trained_lengths(config: RunConfig) -> list[tuple[str, int]]:
     match recipe.rewrite.how:
         case "nobody":
             return [("train", written)]
-        case "truncate":
+        case "truncate" | "earliest_correct_prefix":
             return [("train on cut traces", written)]
         case _:
             raw = [("train on raw traces", written)] if recipe.rewrite.fallback == "original" else []
@@ -170,8 +170,10 @@ def longest_batch(config: RunConfig, roles: Roles, mesh: Mesh, response: int) ->
     top = TopK(say, say.astype(np.float32))
     written = [Trajectory(p.id, 0, prompt, (1,) * response, "student", 0, ended, target=top) for p in problems]
     target = roles.target(config.recipe)
-    prompts = {p.id: prompt for p in problems} if target else None
-    batch, report = batch_of(config, mesh, roles.student, target, problems, written, prompts)
+    others = config.recipe.target.context not in ("plain", "concise")  # prompts that hold a text of any length
+    read = (0,) * max(len(prompt), config.train.max_length - response if others else 0)
+    reads = (lambda t: read) if target else None
+    batch, report = batch_of(config, mesh, roles.student, target, problems, written, reads)
     assert report.trajectories == rows, f"{report.trajectories} of {rows} responses of {response} tokens have a place"
     place = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), batch)

@@ -6,7 +6,8 @@ owners; what depends on models, problems or sizes is checked where those are kno
 
 from dataclasses import dataclass, field
 
-from mpd_jax.data.chat import Contexts, check_contexts
+from mpd_jax.data.contexts import Contexts, check_contexts
+from mpd_jax.recipe.keep import rule
 from mpd_jax.recipe.loss import LossConfig
 from mpd_jax.recipe.rewrite import RewriteConfig
 from mpd_jax.recipe.target import TargetConfig
@@ -37,12 +38,15 @@ def validate(recipe: Recipe) -> None:
     found = refusals(recipe)
     if found:
         raise UserError("\n".join(found))
+    for name in recipe.rewrite.keep:
+        rule(name)
     check_contexts(recipe.contexts)
 
 
 def _reasons(recipe: Recipe) -> list[tuple[bool, str]]:
     return [
         *_write_reasons(recipe),
+        *_keep_reasons(recipe.rewrite),
         *_rewrite_reasons(recipe.rewrite),
         *_target_reasons(recipe),
         *_loss_reasons(recipe.loss),
@@ -64,14 +68,13 @@ def _write_reasons(recipe: Recipe) -> list[tuple[bool, str]]:
     ]
 
 
-def _rewrite_reasons(rewrite: RewriteConfig) -> list[tuple[bool, str]]:
-    nobody, truncate = rewrite.how == "nobody", rewrite.how == "truncate"
-    budgets = [name for name in ("truncate_to", "truncate_ratio") if getattr(rewrite, name) is not None]
+def _keep_reasons(rewrite: RewriteConfig) -> list[tuple[bool, str]]:
+    nobody, compared = rewrite.how == "nobody", {"shorter", "same_answer"}.intersection(rewrite.keep)
     return [
         (
-            nobody and bool(rewrite.keep),
-            f"recipe.rewrite.keep: {list(rewrite.keep)} judges rewrites, and recipe.rewrite.how=nobody makes none; "
-            "leave it empty, or set how to compress or truncate",
+            nobody and bool(compared),
+            f"recipe.rewrite.keep: {sorted(compared)} compares a rewrite with its original, and "
+            "recipe.rewrite.how=nobody makes none; take it out, or let something rewrite",
         ),
         (
             nobody and rewrite.fallback == "original",
@@ -86,6 +89,32 @@ def _rewrite_reasons(rewrite: RewriteConfig) -> list[tuple[bool, str]]:
         (
             len(set(rewrite.keep)) < len(rewrite.keep),
             f"recipe.rewrite.keep: {list(rewrite.keep)} names a rule twice; name each once",
+        ),
+    ]
+
+
+def _rewrite_reasons(rewrite: RewriteConfig) -> list[tuple[bool, str]]:
+    truncate = rewrite.how == "truncate"
+    budgets = [name for name in ("truncate_to", "truncate_ratio") if getattr(rewrite, name) is not None]
+    return [
+        (
+            rewrite.by == "student" and not rewrite.by_model,
+            f"recipe.rewrite.by: 'student' has no part in recipe.rewrite.how={rewrite.how}, where no model rewrites; "
+            "set how to compress or repair, or leave by out",
+        ),
+        (
+            rewrite.window is not None and not rewrite.by_model,
+            f"recipe.rewrite.window: {rewrite.window} bounds what a model reads, and with recipe.rewrite.how="
+            f"{rewrite.how} none does; set how to compress or repair, or remove it",
+        ),
+        (
+            rewrite.window is not None and rewrite.window < 1,
+            f"recipe.rewrite.window: {rewrite.window} is not allowed; it must be 1 or more tokens",
+        ),
+        (
+            rewrite.too_long == "trim" and not rewrite.by_model,
+            f"recipe.rewrite.too_long: 'trim' shortens the draft that a model reads, and with recipe.rewrite.how="
+            f"{rewrite.how} none does; set how to compress or repair, or leave it at drop",
         ),
         (
             truncate and len(budgets) != 1,
@@ -146,6 +175,21 @@ def _target_reasons(recipe: Recipe) -> list[tuple[bool, str]]:
             none and target.context != "plain",
             f"recipe.target.context: {target.context!r} is what a target reads, and recipe.target.weights=none has "
             "none; remove it, or name a target",
+        ),
+        (
+            target.context == "rewrite" and not recipe.rewrite.by_model,
+            f"recipe.target.context: 'rewrite' is what a rewriter reads, and with recipe.rewrite.how="
+            f"{recipe.rewrite.how} no model does; set how to compress or repair, or choose another context",
+        ),
+        (
+            target.context == "rewrite" and recipe.rewrite.fallback == "original",
+            "recipe.rewrite.fallback: 'original' with recipe.target.context=rewrite would have the target read an "
+            "instruction to rewrite before what is no rewrite; set fallback=drop, or choose another context",
+        ),
+        (
+            target.own_template and target.weights != "teacher",
+            f"recipe.target.own_template: true lets the teacher read by its own template, and recipe.target.weights="
+            f"{target.weights} reads by the student's; remove it, or set weights=teacher",
         ),
         (
             target.top_k < 0,

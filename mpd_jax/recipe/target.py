@@ -16,16 +16,19 @@ Weights = Any
 class TargetConfig:
     """weights: the teacher's, a copy of the student's own (frozen at the start, or renewed), or none.
 
-    context: the prompt the target reads the response after. every: updates between renewals, self_refreshed only
-    (CRISP: 50).
+    context: the prompt the target reads the response after: the problem as the student reads it, with a word to be
+    brief (CRISP), what a rewriter reads of it (TRD, 2606.08432), or with a solution (OPSD, 2601.18734).
+    every: updates between renewals, self_refreshed only (CRISP: 50).
     top_k: 0 reads the whole distribution on the mesh. Above, the teacher is on servers alone (teacher.serve): they are
     asked for its top_k most likely tokens at each position, and all others are one tail bucket.
+    own_template: the teacher may render prompts by another chat template or thinking mode than the student's.
     """
 
     weights: Literal["teacher", "self_frozen", "self_refreshed", "none"] = "teacher"
-    context: Literal["plain", "concise"] = "plain"
+    context: Literal["plain", "concise", "rewrite", "privileged"] = "plain"
     every: int | None = None
     top_k: int = 0
+    own_template: bool = False
 
     @property
     def is_self(self) -> bool:

@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mpd_jax.data.chat import Chat, Contexts
+from mpd_jax.data.chat import Chat
+from mpd_jax.data.contexts import Contexts
 from mpd_jax.eval.grade import grade
 from mpd_jax.models.config import ModelConfig
 from mpd_jax.models.decoder import Model

@@ -133,6 +133,7 @@ def summarise(trajectories: Sequence[Trajectory]) -> Row:
         "written_total": sum(before),
         "rewrite_prompt_total": sum(t.rewriting[0] for t in trajectories),
         "rewritten_total": sum(t.rewriting[1] for t in trajectories),
+        "trimmed": sum(t.trimmed > 0 for t in trajectories),
         "compression_ratio": sum(after) / before_kept if before_kept else None,
     }
 
