@@ -68,14 +68,14 @@ class Told:
 
 
 def test_the_writer_is_asked_with_the_rung_s_cap_and_every_draw_depends_on_the_rollbacks():
-    settings = config.load(QUICKSTART, ["sampling.curriculum={caps: [64, 128], min_entropy: 0.3}"])
+    ladder = "sampling.curriculum={caps: [64, 128], min_entropy: 0.3}"
+    settings = config.load(QUICKSTART, [ladder, "recipe.rewrite.how=nobody"])
     student = SimpleNamespace(
         prompt=lambda *args: (1,), vocab_fingerprint=lambda: "", with_own_end=lambda ids: ids, decode=str
     )
-    teacher = SimpleNamespace(prompt=lambda *args, **kwargs: (2,))
-    roles = cast(Any, SimpleNamespace(student=SimpleNamespace(chat=student), rewriter=SimpleNamespace(chat=teacher)))
+    roles = cast(Any, SimpleNamespace(student=SimpleNamespace(chat=student)))
     sampler = Told()
-    samplers = cast(Any, SimpleNamespace(writer=sampler, rewriter=sampler))
+    samplers = cast(Any, SimpleNamespace(writer=sampler))
     parts = recipe_parts(
         settings, roles, samplers, cast(Any, None), lambda title, total: nullcontext(lambda done: None)
     )
