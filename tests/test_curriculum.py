@@ -1,18 +1,22 @@
 """The length curriculum: the cap grows while the student is unsure enough, and stays where it is otherwise."""
 
+import itertools
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from mpd_jax import config
+from mpd_jax import config, hosts
 from mpd_jax.rollouts import recipe_parts
 from mpd_jax.sampling.sampler import Response, request_key
 from mpd_jax.train.curriculum import CurriculumConfig, cap, next_rung
+from mpd_jax.train.metrics import read_rows
 from mpd_jax.train.state import NEW_MEMORY
 from mpd_jax.types import Problem, UserError
 from tests.e2e.tiny import QUICKSTART
+from tests.test_guards import run
+from tests.test_loop import Killed
 
 LADDER = CurriculumConfig(caps=(64, 128, 256), min_entropy=0.3, every=2)
 
@@ -52,6 +56,39 @@ def test_rows_that_are_not_read_yet_and_steps_without_an_update_decide_nothing()
 def test_what_is_no_ladder_is_refused(changed):
     with pytest.raises(UserError, match=f"{next(iter(changed))} = .* is not allowed"):
         CurriculumConfig(**{"caps": (64, 128), "min_entropy": 0.3, **changed})
+
+
+@pytest.mark.parametrize("how", ["straight", "killed", "stopped", "stopped at a look"])
+def test_a_run_climbs_alike_however_often_it_is_stopped(tmp_path, monkeypatch, how):
+    def entropies(step, scale):
+        return 0.5 if step < 3 else 0.2
+
+    looks = itertools.count(1)
+
+    def check():
+        if next(looks) == {"stopped": 4, "stopped at a look": 5}[how]:
+            raise hosts.Stopped
+
+    kinds = {"killed": Killed, "stopped": hosts.Stopped, "stopped at a look": hosts.Stopped}
+    if how != "straight":
+        with monkeypatch.context() as patch, pytest.raises(kinds[how]):
+            if how != "killed":
+                patch.setattr(hosts, "check", check)
+            run(tmp_path, entropies, curriculum=LADDER, kill=(5, "update") if how == "killed" else None)
+    state, _, written = run(tmp_path, entropies, curriculum=LADDER)
+    # Before step 2 row 0 is looked at, before step 4 rows 1 and 2.
+    assert [row["length_cap"] for row in read_rows(tmp_path / "metrics.jsonl")] == [
+        64,
+        64,
+        128,
+        128,
+        256,
+        256,
+        256,
+        256,
+    ]
+    assert state.memory["length_rung"] == 2
+    assert all(rung == min(step // 2, 2) for step, _, rung in written)
 
 
 class Told:

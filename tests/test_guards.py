@@ -143,10 +143,10 @@ def test_what_cannot_be_is_refused(made):
 # The loop
 
 
-def run(run_dir, entropies, guards=None, kill=None, steps=8, save_every=2, **changed):
+def run(run_dir, entropies, guards=None, kill=None, steps=8, save_every=2, keep=2, **changed):
     """A run whose mean entropy at a step is entropies(step, learning-rate scale), resumed if it can be. Returns the
     state, what was said, and the memory with which each step was written."""
-    saved = Checkpoints(run_dir, keep=2, due_every=save_every, say=print)
+    saved = Checkpoints(run_dir, keep=keep, due_every=save_every, say=print)
     said, written = [], []
 
     def start():
@@ -339,6 +339,15 @@ def test_rollbacks_end_in_a_stop_and_what_happens_in_the_last_steps_is_answered_
     looked = Checkpoints(tmp_path, keep=2, read_only=True)
     assert max(looked.steps()) == 6
     looked.close()
+
+
+def test_a_step_that_is_being_made_ahead_is_given_up_and_what_older_weights_wrote_blames_those(tmp_path):
+    """Row 6 was written by the weights of step 5, so that neither checkpoint 5 nor 6 is good."""
+    state, said, written = run(tmp_path, collapse, GUARDS, save_every=1, keep=3, lookahead=1)
+    assert "at step 6, outside low = 0.5: rollback 1 to step 4" in said[0]
+    assert (state.step, state.memory["rollbacks"]) == (8, 1)
+    assert [step for step, rollbacks, _ in written if rollbacks] == [4, 5, 6, 7]
+    assert [row["staleness"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 1, 1, 0, 1, 1, 1]
 
 
 def test_the_excursion_of_a_series_is_what_its_last_rows_say():
