@@ -11,15 +11,15 @@ from tests.e2e.tiny import QUICKSTART
 
 COLLAPSING = [
     "train.learning_rate=0.05",  # a hundred times the quickstart's
-    "guards={finished: {low: 0.5, action: rollback}, learning_rate_factor: 0.1}",
-    "train.steps=24",
+    "guards={tokens: {low: 20, action: rollback}, finished: {low: 0.5, action: rollback}, learning_rate_factor: 0.1}",
+    "train.steps=20",
     "train.batch_size=8",
     "train.save_every=2",
     "train.max_length=288",
     "sampling.slots=8",
     "sampling.writer.max_tokens=192",
     "sampling.rewriter.max_tokens=64",
-    "eval.problems=64",
+    "eval.problems=128",
     "eval.max_tokens=192",
     "eval.temperatures=[1.0]",
     "eval.concise_row=false",
@@ -36,7 +36,7 @@ def test_a_run_at_a_hundred_times_the_rate_collapses_is_rolled_back_and_learns_a
     said = " ".join(done.stderr.split())
     print(done.stderr)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(24))
+    assert [row["step"] for row in rows] == list(range(20))
     last = rows[-1]
     assert last["rollbacks"] >= 1 and last["learning_rate_scale"] == pytest.approx(0.1 ** last["rollbacks"])
     assert said.count("learning rate is multiplied by") == last["rollbacks"]
