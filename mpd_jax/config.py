@@ -5,6 +5,7 @@ Every section is declared beside the code that reads it. Unknown keys are errors
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -195,7 +196,7 @@ def resolve(tree: dict, overrides: typing.Sequence[str] = ()) -> RunConfig:
         tree = _override(tree, override)
     _refuse_unknown_keys(tree, RunConfig, "")
     try:
-        config = pydantic.TypeAdapter(RunConfig).validate_python(tree)
+        config = _adapter().validate_python(tree)
     except pydantic.ValidationError as error:
         raise UserError("\n".join(_explain(e) for e in error.errors())) from None
     validate(config.recipe)
@@ -204,6 +205,12 @@ def resolve(tree: dict, overrides: typing.Sequence[str] = ()) -> RunConfig:
     _check_sampled_loss(config)
     _check_training(config)
     return config
+
+
+@functools.cache
+def _adapter() -> pydantic.TypeAdapter:
+    """Made once: it takes longer than reading a config."""
+    return pydantic.TypeAdapter(RunConfig)
 
 
 def _override(tree: dict, text: str) -> dict:
