@@ -116,24 +116,13 @@ class Update:
         return jax.tree.map(spread, batch)
 
 
-def make_update(
-    student: Model | Adapted,
-    target: Model | None,
-    loss: LossConfig,
-    tx: optax.GradientTransformation,
-    mesh: Mesh | None,
-    *,
-    vocab_size: int,
-    micro_batches: int = 1,
-    stop_ids: Sequence[int] = (),
-) -> Update:
-    """The update of a recipe. target: what is read on the mesh, None where the batch holds what servers read, or
-    nobody reads and the response tokens themselves are trained on. stop_ids: those that loss.merge_stops merges."""
-    student, target = student.on(mesh), target.on(mesh) if target else None
-    weigh = token_weight(loss.token_weight)
+def objective_of(
+    student: Model | Adapted, loss: LossConfig, mesh: Mesh | None, vocab_size: int, stop_ids: Sequence[int]
+) -> Callable[..., tuple[jax.Array, Out]]:
+    """(what trains, base, hidden states and head of a target on the mesh, batch) -> the weighted sum of the loss, and
+    its stats for each token."""
     merged = tuple(stop_ids) if loss.merge_stops else ()
     how: dict[str, Any] = {"mesh": mesh, "vocab_size": vocab_size}
-    shardings = trained_shardings(student, tx, mesh) if mesh is not None else None
 
     def objective(trained: PyTree, base: PyTree, target_rows: tuple[jax.Array, jax.Array] | None, batch: TracedBatch):
         weights = student.over(base, trained)
@@ -150,6 +139,27 @@ def make_update(
             )
         ids_RK, logprobs_RK = (x.reshape(-1, x.shape[-1]) for x in (batch.top_ids_BRK, batch.top_logprobs_BRK))
         return fused_bucket_divergence(rows_RD, head_VD, ids_RK, logprobs_RK, weight_R, loss=loss, **how)
+
+    return objective
+
+
+def make_update(
+    student: Model | Adapted,
+    target: Model | None,
+    loss: LossConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh | None,
+    *,
+    vocab_size: int,
+    micro_batches: int = 1,
+    stop_ids: Sequence[int] = (),
+) -> Update:
+    """The update of a recipe. target: what is read on the mesh, None where the batch holds what servers read, or
+    nobody reads and the response tokens themselves are trained on. stop_ids: those that loss.merge_stops merges."""
+    student, target = student.on(mesh), target.on(mesh) if target else None
+    weigh = token_weight(loss.token_weight)
+    objective = objective_of(student, loss, mesh, vocab_size, stop_ids)
+    shardings = trained_shardings(student, tx, mesh) if mesh is not None else None
 
     def read(target_weights: PyTree, batch: TracedBatch) -> tuple[jax.Array, jax.Array] | None:
         if target is None:
