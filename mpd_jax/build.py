@@ -200,10 +200,12 @@ def build(
             config.train.keep,
             lambda step: phases(step - 1, "saved"),
             keep_best=config.train.keep_best,
+            due_every=config.train.save_every if config.guards.strict else None,
             say=say,
         )
         stack.callback(checkpoints.close)
-        state = _start(config, student, mesh, checkpoints, run_dir, say)
+        start = partial(_start, config, student, mesh, checkpoints, run_dir, say)
+        state = start()
         hosts.check()
         base = student.base(mesh)
         hosts.check()
@@ -231,7 +233,7 @@ def build(
             say(unproved(held))
         hosts.check()
         graders = stack.enter_context(GraderPool(config.recipe.rewrite.grader, workers=1))
-        recipe = recipe_parts(config, roles, samplers, graders, state.memory, progress)
+        recipe = recipe_parts(config, roles, samplers, graders, progress)
         target_files, update = roles.target(config.recipe), update_of(config, roles, mesh)
         parts = Parts(
             run_dir=run_dir,
@@ -256,6 +258,10 @@ def build(
             max_age=config.recipe.rewrite.max_age,
             grade=partial(share_right, chat=student.chat),
             traces=lambda: update.traces,
+            guards=config.guards if config.guards.bands else None,
+            curriculum=config.sampling.curriculum,
+            start=start,
+            say=say,
         )
         close = stack.pop_all().close
     return Run(
@@ -290,7 +296,8 @@ def _start(
     say(f"starting from the weights in {student.directory}{adapter if student.adapted else ''}")
     trained = student.start(mesh, config.run.seed)
     copy = target.start(config.recipe.target, trained, None) if _keeps_copy(config, student) else None
-    return new_state(student.trains, optimiser(config.train), mesh, trained, seed=config.run.seed, self_weights=copy)
+    fresh = new_state(student.trains, optimiser(config.train), mesh, trained, seed=config.run.seed, self_weights=copy)
+    return fresh._replace(memory={**fresh.memory, **checkpoints.memory_at(0)})
 
 
 def _keeps_copy(config: RunConfig, student: ModelFiles) -> bool:
@@ -300,11 +307,12 @@ def _keeps_copy(config: RunConfig, student: ModelFiles) -> bool:
 
 def _update(
     config: RunConfig, update: Update, base: Any, whole: Callable[[Any], Any]
-) -> Callable[[Trained, Any, Batch], tuple[Trained, Out]]:
+) -> Callable[[Trained, Any, Batch, float], tuple[Trained, Out]]:
     """The jitted update, given what no step changes. A self target without a copy is the student's base."""
 
-    def step(trained: Trained, target_weights: Any, batch: Batch) -> tuple[Trained, Out]:
-        return update(trained, whole(target_weights) if config.recipe.target.is_self else target_weights, batch, base)
+    def step(trained: Trained, target_weights: Any, batch: Batch, scale: float) -> tuple[Trained, Out]:
+        read = whole(target_weights) if config.recipe.target.is_self else target_weights
+        return update(trained, read, batch, base, scale)
 
     return step
 
@@ -322,6 +330,7 @@ def _fingerprint(config: RunConfig) -> str:
     free = (
         "run.dir",
         "run.compile_cache",
+        "guards",
         "eval",
         "mesh",
         "sampling.slots",

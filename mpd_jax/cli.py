@@ -210,7 +210,7 @@ def compare(
     jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
     sweep: Annotated[
         list[str] | None,
-        typer.Option(help="KEY=[v1,v2]: each method with each of these values; repeatable.", show_default=False),
+        typer.Option(metavar="KEY=[V1,V2]", help="Each method with each value; repeatable.", show_default=False),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -26,6 +26,8 @@ from mpd_jax.sampling.sampler import SamplingConfig
 from mpd_jax.sampling.ways import PushConfig
 from mpd_jax.sampling.wire import ServerConfig
 from mpd_jax.sharding import MeshConfig
+from mpd_jax.train.curriculum import CurriculumConfig
+from mpd_jax.train.guards import GuardsConfig
 from mpd_jax.train.state import TrainConfig
 from mpd_jax.types import UserError
 
@@ -63,6 +65,7 @@ class SamplingSection:
     slots: responses decoded side by side. prompt_tokens: longest prompt of a problem, in tokens; longer ones are
     refused. prefill_chunk, prefill_rows: the one compiled shape in which prompts enter the cache;
     where slots lie on several devices every slot takes part, and prefill_rows is their number.
+    curriculum: a growing cap on what the student writes; a cap that stays is writer.max_tokens.
     """
 
     writer: SamplingConfig = field(default_factory=SamplingConfig)
@@ -72,6 +75,7 @@ class SamplingSection:
     prefill_chunk: int = 128
     prefill_rows: int = 4
     lookahead: int = 0
+    curriculum: CurriculumConfig | None = None
     server: ServerConfig = field(default_factory=ServerConfig)
     push: PushConfig = field(default_factory=PushConfig)
 
@@ -95,6 +99,7 @@ class RunConfig:
     problems: ProblemsConfig = field(default_factory=ProblemsConfig)
     sampling: SamplingSection = field(default_factory=SamplingSection)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
@@ -204,6 +209,7 @@ def resolve(tree: dict, overrides: typing.Sequence[str] = ()) -> RunConfig:
     _check_serving(config)
     _check_sampled_loss(config)
     _check_training(config)
+    _check_guards(config)
     return config
 
 
@@ -323,6 +329,28 @@ def _check_training(config: RunConfig) -> None:
         raise UserError(
             f"train.profile_steps: {list(profiled)} begins after the last step, {steps - 1} of train.steps = {steps} "
             "counted from 0; lower it, or leave it out"
+        )
+
+
+def _check_guards(config: RunConfig) -> None:
+    """Before a band is left there is a checkpoint that is good; and a curriculum is the student's."""
+    curriculum, longest, by = config.sampling.curriculum, config.sampling.writer.max_tokens, config.recipe.write.by
+    if curriculum and by != "student":
+        raise UserError(
+            f"sampling.curriculum: it caps what the student writes, and recipe.write.by is {by}; leave it out, or set "
+            "recipe.write.by=student"
+        )
+    if curriculum and curriculum.caps[-1] > longest:
+        raise UserError(
+            f"sampling.curriculum.caps: {list(curriculum.caps)} end above sampling.writer.max_tokens = {longest}; "
+            "lower them, or raise that"
+        )
+    # A look-ahead writes with weights that are one older: one more checkpoint may be of the excursion.
+    needed = 2 + config.sampling.lookahead
+    if config.guards.strict and config.train.keep < needed:
+        raise UserError(
+            f"train.keep: {config.train.keep} is not enough for guards.{next(iter(config.guards.strict))}, for the "
+            f"last checkpoint may be of weights that it finds wrong a step later; keep {needed} or more"
         )
 
 

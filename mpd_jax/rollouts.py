@@ -5,7 +5,7 @@ The only place that matches on recipe values.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from mpd_jax import hosts
@@ -16,6 +16,8 @@ from mpd_jax.recipe import keep, rewrite, write
 from mpd_jax.roles import Roles, rewriting_room
 from mpd_jax.samplers import Samplers
 from mpd_jax.sampling.sampler import Sampler
+from mpd_jax.train.curriculum import cap
+from mpd_jax.train.state import Memory
 from mpd_jax.types import Problem, Trajectory
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
@@ -24,8 +26,8 @@ Rewriter = Callable[..., list[Trajectory]]  # (problems, written, step, rollback
 
 @dataclass(frozen=True)
 class RecipeParts:
-    write: Callable[[Sequence[Problem], int], list[Trajectory]]
-    rewrite: Callable[[Sequence[Problem], Sequence[Trajectory], int], list[Trajectory]]
+    write: Callable[[Sequence[Problem], int, Memory], list[Trajectory]]
+    rewrite: Callable[[Sequence[Problem], Sequence[Trajectory], int, Memory], list[Trajectory]]
 
 
 def stopping(advance: Callable[..., None]) -> Callable[[int], None]:
@@ -64,9 +66,9 @@ def make_rewriter(config: RunConfig, roles: Roles, sampler: Sampler | None, grad
 
 
 def recipe_parts(
-    config: RunConfig, roles: Roles, samplers: Samplers, graders: GraderPool, memory: dict, progress: Progress
+    config: RunConfig, roles: Roles, samplers: Samplers, graders: GraderPool, progress: Progress
 ) -> RecipeParts:
-    """The recipe's callables. The rollback count of the state is folded into every key."""
+    """The recipe's callables. A state's rollback count is folded into every key, and its rung caps the student."""
     recipe, sampling, seed = config.recipe, config.sampling, config.run.seed
     student = roles.student.chat
     match recipe.write.by:
@@ -79,15 +81,20 @@ def recipe_parts(
                 role, samplers.writer, files.chat, student, sampling.writer, recipe.write.attempts, seed
             )
     rewriter = make_rewriter(config, roles, samplers.rewriter, graders)
-    rollbacks = int(memory.get("rollbacks", 0))
 
-    def write_step(problems: Sequence[Problem], step: int) -> list[Trajectory]:
+    def write_step(problems: Sequence[Problem], step: int, memory: Memory) -> list[Trajectory]:
+        by = writer
+        if sampling.curriculum is not None:
+            assert isinstance(writer, write.ModelWriter), "a curriculum for a writer that is not the student"
+            by = replace(writer, sampling=replace(sampling.writer, max_tokens=cap(sampling.curriculum, memory)))
         with progress(f"step {step + 1}: writing", len(problems) * recipe.write.attempts) as advance:
-            return writer(problems, step, rollbacks=rollbacks, progress=stopping(advance))
+            return by(problems, step, rollbacks=int(memory["rollbacks"]), progress=stopping(advance))
 
-    def rewrite_step(problems: Sequence[Problem], written: Sequence[Trajectory], step: int) -> list[Trajectory]:
+    def rewrite_step(
+        problems: Sequence[Problem], written: Sequence[Trajectory], step: int, memory: Memory
+    ) -> list[Trajectory]:
         with progress(f"step {step + 1}: rewriting", len(written)) as advance:
-            return rewriter(problems, written, step, rollbacks=rollbacks, progress=stopping(advance))
+            return rewriter(problems, written, step, rollbacks=int(memory["rollbacks"]), progress=stopping(advance))
 
     return RecipeParts(write_step, rewrite_step)
 

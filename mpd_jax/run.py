@@ -44,6 +44,7 @@ from mpd_jax.types import UserError
 FREE = (
     "run.dir",
     "run.compile_cache",
+    "guards",
     "eval",
     "mesh",
     "sampling.slots",
@@ -103,8 +104,11 @@ def train(settings: RunConfig, secrets: Secrets = lambda name: None) -> AnyPath:
             judged = Judged(run, screen)
             judged.forget_after(state.step)
             before = judged.base(state)
+            parts = dataclasses.replace(
+                run.parts, evaluate=judged.between, saving=saving, rolled_back=judged.forget_after
+            )
             if state.step < steps:
-                state = loop.train(dataclasses.replace(run.parts, evaluate=judged.between, saving=saving), state)
+                state = loop.train(parts, state)
             else:
                 screen.say(f"all {steps} steps are done; raise train.steps to go on")
             measured = [*before, *judged.trained(state)]

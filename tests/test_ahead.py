@@ -53,9 +53,9 @@ def test_an_update_does_not_wait_for_the_next_step_s_writer(tmp_path):
     """The writer of step 1 does not return before the update of step 0 has begun."""
     opened, updated = open_run(tmp_path, steps=2, lookahead=1, eval_every=0), threading.Event()
 
-    def write(problems, step):
+    def write(problems, step, memory):
         assert step == 0 or updated.wait(30), "the update waits for the look-ahead"
-        return opened.student.write(problems, step)
+        return opened.student.write(problems, step, memory)
 
     def update(*args):
         updated.set()
@@ -69,10 +69,10 @@ def test_an_update_does_not_wait_for_the_next_step_s_writer(tmp_path):
 def test_what_goes_wrong_beside_the_loop_ends_it_with_the_same_words(tmp_path):
     opened = open_run(tmp_path, lookahead=1)
 
-    def write(problems, step):
+    def write(problems, step, memory):
         if step == 2:
             raise UserError("http://host:8000: gone")
-        return opened.student.write(problems, step)
+        return opened.student.write(problems, step, memory)
 
     with pytest.raises(UserError, match="http://host:8000: gone"):
         train(replace(opened.parts, write=write), start())
@@ -82,10 +82,10 @@ def test_what_goes_wrong_beside_the_loop_ends_it_with_the_same_words(tmp_path):
 def test_a_stop_is_heard_beside_the_loop_and_what_is_done_is_saved(tmp_path):
     opened = open_run(tmp_path, lookahead=1, save_every=100, eval_every=0)
 
-    def write(problems, step):
+    def write(problems, step, memory):
         if step == 3:
             raise hosts.Stopped
-        return opened.student.write(problems, step)
+        return opened.student.write(problems, step, memory)
 
     with pytest.raises(hosts.Stopped):
         train(replace(opened.parts, write=write), start())
@@ -116,10 +116,10 @@ def test_trajectories_older_than_the_config_allows_are_made_again(tmp_path):
 def test_an_evaluation_waits_until_nobody_samples_with_the_older_weights(tmp_path):
     opened, busy = open_run(tmp_path, steps=4, eval_every=2, lookahead=1), threading.Event()
 
-    def write(problems, step):
+    def write(problems, step, memory):
         busy.set()
         time.sleep(0.05)
-        made = opened.student.write(problems, step)
+        made = opened.student.write(problems, step, memory)
         busy.clear()
         return made
 
@@ -146,11 +146,11 @@ def test_a_stopped_loop_leaves_nobody_sampling(tmp_path, monkeypatch):
     opened, sampling, stopped = open_run(tmp_path, lookahead=1, eval_every=0), threading.Event(), threading.Event()
     updates = iter(range(9))
 
-    def write(problems, step):
+    def write(problems, step, memory):
         if step == 2:
             sampling.set()
             assert stopped.wait(30)
-        made = opened.student.write(problems, step)
+        made = opened.student.write(problems, step, memory)
         sampling.clear()
         return made
 

@@ -273,6 +273,37 @@ def test_a_checkpoint_is_chosen_by_its_step(tmp_path, opened):
     assert steps_in(saved) == [2, 3, 4]
 
 
+def test_checkpoints_that_were_left_are_none_and_the_one_gone_back_to_has_what_the_rollback_remembers(tmp_path, opened):
+    """From the first moment on, for every reader; a process that starts then removes them before it goes on."""
+    state = make_state(self_copy=False)._replace(memory={"rollbacks": 0, "skipped_updates": 4})
+    saved = opened(tmp_path, keep=3)
+    for step in (2, 4, 6):
+        saved.save(state._replace(step=step))
+    saved.leave([6], 4, {"rollbacks": 1})
+    looked = opened(tmp_path, keep=3, read_only=True)
+    assert looked.steps() == [2, 4] and steps_in(saved) == [2, 4, 6]
+    with pytest.raises(UserError, match=r"--step: 6 is no checkpoint in .*: 2, 4"):
+        looked.restore_one(abstract(state), 6)
+    again = opened(tmp_path, keep=3)
+    for _ in range(2):
+        back = again.restore(abstract(state))
+        assert (back.step, back.memory) == (4, {"rollbacks": 1, "skipped_updates": 4})
+        assert steps_in(again) == [2, 4] and again.latest() == 4
+    again.save(back._replace(step=6, memory={"rollbacks": 1}))
+    again.leave([])  # a stop that leaves none forgets no rollback
+    assert opened(tmp_path, keep=3).restore(abstract(state)).memory["rollbacks"] == 1
+    assert opened(tmp_path, keep=3).restore_one(abstract(state), 4).memory["rollbacks"] == 1
+    assert opened(tmp_path, keep=3).restore_one(abstract(state), 2).memory["rollbacks"] == 0
+
+
+def test_checkpoints_that_a_rollback_may_go_to_are_not_crowded_out_by_others(tmp_path, opened):
+    saved, state = opened(tmp_path, keep=2, due_every=4), make_state(self_copy=False)
+    for step in (4, 8, 12, 13, 14, 15):
+        saved.save(state._replace(step=step))
+    saved.wait()
+    assert steps_in(saved) == [8, 12, 14, 15]
+
+
 ONE_CANNOT_READ = """
 import jax, jax.numpy as jnp, numpy as np, orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec

@@ -20,8 +20,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
+from typer.testing import CliRunner
 
 from mpd_jax import config, hosts
+from mpd_jax.cli import app
 from mpd_jax.eval import compare, comparison, pareto
 from mpd_jax.eval.arms import Arm, is_finished, plan, read_result, read_sweep, share_evaluations
 from mpd_jax.eval.evaluate import Sample, write_samples
@@ -233,7 +235,8 @@ def made(tmp_path, monkeypatch) -> Path:
 
 def run(made: Path, jobs: int = 1) -> dict:
     command = (sys.executable, "-S", str(made.parent / "stub.py"), str(made))
-    return compare.run(CONFIGS, WITH, [], seeds=2, out=made.parent / "out", jobs=jobs, train=command)
+    out = made.parent / "out"
+    return compare.run(CONFIGS, WITH, [], seeds=2, out=out, jobs=jobs, train=command, measure=command)
 
 
 def started(made: Path) -> list[str]:
@@ -325,6 +328,29 @@ def test_a_swept_instruction_is_measured_once_beside_its_run(made, tmp_path):
     ] * 4
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "| instruction alone, % |" in text and "| rewrites: 75.0 [50.0, 100.0] 31.0 tokens |" in text
+
+
+@pytest.mark.parametrize(("state", "code"), [("finished", 0), ("failed", 1), (None, 75)])
+def test_the_exit_code_says_how_a_comparison_ended(monkeypatch, tmp_path, state, code):
+    asked = []
+
+    def run(*words, **named):
+        asked.append((words, named))
+        if state is None:
+            raise hosts.Stopped("stopped; 0 of 1 arms are over")
+        return {"arms": [{"state": state}]}
+
+    monkeypatch.setattr(compare, "run", run)
+    words = ["compare", "a.yaml", "b.yaml", "--with", "train.steps=3", "--with", "c.yaml", "--sweep", "d=[1]", "--json"]
+    done = CliRunner().invoke(app, [*words, "--seeds", "4", "--out", str(tmp_path)])
+    assert done.exit_code == code
+    assert asked == [
+        ((["a.yaml", "b.yaml"], ["train.steps=3", "c.yaml"], ["d=[1]"]), {"seeds": 4, "out": tmp_path, "jobs": 1})
+    ]
+    if state is None:
+        assert "0 of 1 arms are over; the same command again goes on" in done.output
+    else:
+        assert json.loads(done.stdout) == {"arms": [{"state": state}]}
 
 
 def test_a_run_ends_when_whoever_started_it_is_gone():

@@ -102,6 +102,20 @@ def test_configs_of_real_size_give_each_of_eight_accelerators_one_row_at_a_time(
         ("problems.columns={a: 3}", "problems.columns: 3 is not allowed; it must be a section in which every key and"),
         ("train.keep_best=loss", "train.keep_best: 'loss' is not allowed; it must be accuracy or mean_tokens, or null"),
         ("recipe.rewrite.keep=[shortr]", "recipe.rewrite.keep: 'shortr' is not known; did you mean shorter?"),
+        ("guards.entropy={low: 0.1}", "guards.entropy.action: required and missing"),
+        ("guards.entropy={action: warn}", "guards.entropy: low = None, high = None is not allowed; give one bound"),
+        ("guards.tokens={action: rolback, low: 9}", "guards.tokens.action: 'rolback' is not allowed; it must be warn,"),
+        ("guards.length={action: warn, low: 9}", "unknown key guards.length"),
+        ("guards.patience=0", "guards: patience = 0 is not allowed"),
+        (
+            "sampling.curriculum={caps: [9, 300], min_entropy: 0.1}",
+            "sampling.curriculum.caps: [9, 300] end above sampl",
+        ),
+        (
+            "sampling.curriculum={caps: [9], min_entropy: 0.1}",
+            "sampling.curriculum: caps = [9] is not allowed; it must",
+        ),
+        ("sampling.curriculum={caps: [9, 30]}", "sampling.curriculum.min_entropy: required and missing"),
         ("train.profile_steps=[48,50]", "train.profile_steps: [48, 50] begins after the last step, 47"),
     ],
 )
@@ -116,6 +130,23 @@ def test_a_best_checkpoint_of_evaluations_that_never_come_is_refused():
     config.load(QUICKSTART, [*overrides, "eval.every=32"])
     with pytest.raises(UserError, match=r"train.keep_best: .*eval.every = 48 steps, and the run ends with step 48"):
         config.load(QUICKSTART, [*overrides, "eval.every=48"])
+
+
+def test_a_band_that_goes_back_needs_a_checkpoint_from_before_the_last_one():
+    band = "guards.entropy={action: stop, low: 0.1}"
+    config.load(QUICKSTART, [band])
+    with pytest.raises(UserError, match=r"train.keep: 1 is not enough for guards.entropy, .* keep 2 or more"):
+        config.load(QUICKSTART, [band, "train.keep=1"])
+    config.load(QUICKSTART, ["guards.entropy={action: warn, low: 0.1}", "train.keep=1"])
+    ahead = ["sampling.lookahead=1", "student.serve=http://a:1", "teacher.serve=http://b:1"]
+    with pytest.raises(UserError, match=r"keep 3 or more"):
+        config.load(QUICKSTART, [band, *ahead])
+
+
+def test_a_curriculum_is_the_student_s():
+    overrides = ["sampling.curriculum={caps: [64, 128], min_entropy: 0.1}", "recipe.write.by=teacher"]
+    with pytest.raises(UserError, match=r"sampling.curriculum: .*recipe.write.by is teacher"):
+        config.load(QUICKSTART, overrides)
 
 
 def test_every_type_of_the_config_has_plain_words():

@@ -28,6 +28,7 @@ from mpd_jax.screen import Screen
 from mpd_jax.sharding import make_mesh
 from mpd_jax.train import loop
 from mpd_jax.train.metrics import read_rows
+from mpd_jax.train.state import NEW_MEMORY
 from mpd_jax.types import Problem
 from tests.e2e.tiny import ROOT
 
@@ -220,8 +221,8 @@ def test_every_legal_cell_resolves_to_a_batch(monkeypatch):
         if before is None or before[:2] != cell[:2]:  # nor has the target in trajectories
             made = samplers.make_samplers(settings, roles, mesh, lambda trained: trained, lambda *_: pytest.fail())
             with GraderPool("rules") as graders:
-                parts = rollouts.recipe_parts(settings, roles, made, graders, {}, Screen(quiet=True).bar)
-                trajectories = parts.rewrite(step, parts.write(step, 0), 0)
+                parts = rollouts.recipe_parts(settings, roles, made, graders, Screen(quiet=True).bar)
+                trajectories = parts.rewrite(step, parts.write(step, 0, NEW_MEMORY), 0, NEW_MEMORY)
         target = roles.target(settings.recipe)
         batch = batch_to_train_on(settings, mesh, roles.student, target, step, trajectories)
         assert len(trajectories) == 8 and batch is not None, cell

@@ -16,7 +16,7 @@ LAYERS = [
     {"data", "sampling", "train.state"},
     {"recipe.write", "recipe.keep", "recipe.rewrite", "recipe.target"},
     {"recipe.recipe", "train.step", "train.checkpoint", "train.metrics", "train.records", "train.ahead"},
-    {"eval.evaluate", "eval.intervals", "eval.plot", "train.loop"},
+    {"eval.evaluate", "eval.intervals", "eval.plot", "train.loop", "train.guards", "train.curriculum"},
     {"config"},
     {"screen"},
     {"roles"},

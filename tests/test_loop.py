@@ -30,6 +30,10 @@ TX = optimiser(TrainConfig(learning_rate=0.03, steps=STEPS))
 UPDATE = make_update(MODEL, MODEL, LossConfig(), TX, None, vocab_size=VOCAB)
 
 
+def update_with(trained, target, batch, scale):
+    return UPDATE(trained, target, batch, scale=scale)
+
+
 class Killed(BaseException):
     """Nothing in the package catches it."""
 
@@ -50,17 +54,17 @@ class Student:
         self.version = version
         self.versions.append(version)
 
-    def write(self, problems, step):
+    def write(self, problems, step, memory):
         self.calls.append(step)
-        return [self.one(problem, step) for problem in problems]
+        return [self.one(problem, step, memory["rollbacks"]) for problem in problems]
 
-    def one(self, problem, step):
-        rng = np.random.default_rng([*request_key(SEED, "write", step, problem.id, 0), hash(self.sum)])
+    def one(self, problem, step, rollbacks):
+        rng = np.random.default_rng([*request_key(SEED, "write", step, problem.id, 0, rollbacks), hash(self.sum)])
         ids = tuple(int(i) for i in rng.integers(0, VOCAB, rng.integers(2, RESPONSE + 1)))
         return Trajectory(problem.id, 0, PROMPT, ids, "student", self.version, "stopped")
 
 
-def shorten(problems, written, step):
+def shorten(problems, written, step, memory):
     return [replace(t, response=t.response[:-1], verdict="kept", original=t) for t in written]
 
 
@@ -108,7 +112,7 @@ def open_run(run_dir, start=0, kill=None, steps=STEPS, metrics=Metrics, **change
         write=student.write,
         rewrite=shorten,
         to_batch=to_batch,
-        update=UPDATE,
+        update=update_with,
         load_student=student.load,
         checkpoints=Checkpoints(run_dir, keep=2, on_commit=lambda step: log(step - 1, "saved")),
         records=Records(run_dir, SEED),
@@ -172,9 +176,9 @@ def test_a_run_asked_to_stop_saves_first_and_ends_with_the_same_bits(straight, t
         if next(looks) == at:
             raise hosts.Stopped
 
-    def write(problems, step):
+    def write(problems, step, memory):
         hosts.check()
-        return opened.student.write(problems, step)
+        return opened.student.write(problems, step, memory)
 
     monkeypatch.setattr(hosts, "check", check)
     state = new_state(MODEL, TX, None, weights_of(MODEL, 0), seed=SEED, self_weights=weights_of(MODEL, 1))
@@ -203,7 +207,7 @@ def test_an_evaluation_cut_short_by_a_stop_is_made_before_the_run_goes_on(straig
 
     def update(*args):
         order.append("update")
-        return UPDATE(*args)
+        return update_with(*args)
 
     def checkpoints():
         return Checkpoints(tmp_path, keep=1, keep_best="accuracy")
@@ -268,9 +272,9 @@ def test_the_device_is_asked_for_a_step_only_after_the_next_was_handed_over(tmp_
             order.extend(("read", row["step"]) for row in rows)
             return rows
 
-    def update(trained, target, batch):
+    def update(*args):
         order.append(("update", sum(name == "update" for name, _ in order)))
-        return UPDATE(trained, target, batch)
+        return update_with(*args)
 
     run(tmp_path, steps=3, update=update, metrics=Watching, save_every=9, eval_every=0)
     assert order == [("update", 0), ("update", 1), ("read", 0), ("update", 2), ("read", 1), ("read", 2)]
@@ -312,14 +316,14 @@ def test_what_was_sampled_after_a_step_that_failed_once_is_sampled_again(straigh
 
 
 def test_a_step_of_which_nothing_is_left_skips_its_update(straight, tmp_path):
-    def drop(problems, written, step):
+    def drop(problems, written, step, memory):
         return [replace(t, dropped=step == 2, verdict="dropped" if step == 2 else "kept") for t in written]
 
     updates = []
 
     def update(*args):
         updates.append(1)
-        return UPDATE(*args)
+        return update_with(*args)
 
     for name, batch in {"zeros": to_batch, "none": lambda p, ts: None if ts[0].dropped else to_batch(p, ts)}.items():
         state, _ = run(tmp_path / name, rewrite=drop, to_batch=batch, update=update)

@@ -73,9 +73,14 @@ def test_the_update_is_handed_the_base_itself_as_a_frozen_target(tmp_path, monke
     base = files.base(mesh)
     live = len(jax.live_arrays())
     update = build.update_of(settings, roles.Roles(files, None, None), mesh)
-    build._update(settings, update, base, partial(files.trains.over, base))("trained", None, "batch")
+    build._update(settings, update, base, partial(files.trains.over, base))("trained", None, "batch", 0.5)
     assert handed["arrays"][0] == "trained" and handed["arrays"][2] == "batch"
-    assert handed["arrays"][1] is base and handed["arrays"][3] is base and len(jax.live_arrays()) == live
+    assert (
+        handed["arrays"][1] is base
+        and handed["arrays"][3] is base
+        and handed["arrays"][4] == 0.5
+        and len(jax.live_arrays()) == live
+    )
 
 
 def run(run_dir, base, kill=None):
@@ -88,7 +93,7 @@ def run(run_dir, base, kill=None):
     parts = {
         "write": student.write,
         "load_student": lambda adapter, version: student.load(ADAPTED.over(base, adapter), version),
-        "update": lambda trained, own, batch: UPDATE(trained, ADAPTED.over(base, own), batch, base),
+        "update": lambda trained, own, batch, scale: UPDATE(trained, ADAPTED.over(base, own), batch, base, scale),
     }
     opened = open_run(run_dir, state.step, kill, **parts)
     try:

@@ -76,6 +76,18 @@ def test_trajectories_of_another_run_are_refused_and_of_other_settings_made_agai
     assert Records(tmp_path, seed=7, settings="temperature 2").load(0, PROBLEMS) is None
 
 
+def test_trajectories_from_before_a_rollback_are_made_again_and_earlier_versions_had_none(tmp_path):
+    records = Records(tmp_path, seed=7)
+    for stage in ("written", "final"):
+        records.save(0, [trajectory()], stage=stage, rollbacks=1)
+        assert records.load(0, PROBLEMS, stage=stage) is None
+        assert records.load(0, PROBLEMS, stage=stage, rollbacks=1) == [trajectory()]
+    records.save(0, [trajectory()])
+    path = records.path(0)
+    path.write_text(path.read_text().replace(', "rollbacks": 0', ""))
+    assert records.load(0, PROBLEMS) == [trajectory()]
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_kill_or_a_full_disk_while_writing_leaves_the_old_file(tmp_path, monkeypatch, call):
     path = tmp_path / "file"

@@ -9,6 +9,7 @@ import pytest
 from mpd_jax.train.loop import _Run
 from mpd_jax.train.metrics import read_rows
 from mpd_jax.train.records import Records
+from mpd_jax.train.state import NEW_MEMORY as MEMORY
 from tests.test_loop import SEED, Killed, Problems, open_run, rows_without_times, run, shorten
 
 AGE = 2
@@ -58,9 +59,11 @@ def test_a_problem_of_which_a_trajectory_was_dropped_is_made_anew_and_a_whole_st
         def at(self, step):
             return Problems().at(0)
 
-    def drop(problems, written, step):
+    def drop(problems, written, step, memory):
         asked.append([problem.id for problem in problems])
-        return [replace(t, dropped=step == 0 and t.problem_id == "p1") for t in shorten(problems, written, step)]
+        return [
+            replace(t, dropped=step == 0 and t.problem_id == "p1") for t in shorten(problems, written, step, memory)
+        ]
 
     asked = []
     run(tmp_path, steps=5, problems=Same(), rewrite=drop, max_age=AGE, eval_every=0)
@@ -71,10 +74,11 @@ def test_a_problem_of_which_a_trajectory_was_dropped_is_made_anew_and_a_whole_st
 def test_records_are_taken_from_disk_unless_what_was_made_or_used_again_is_too_old(tmp_path):
     problems, opened = Problems().at(2), open_run(tmp_path, max_age=AGE)
     opened.student.sum, opened.student.version = 0.0, 0
-    written = opened.student.write(problems, 2)
-    stale, used = shorten(problems, written, 2), [replace(t, reused=True) for t in shorten(problems, written, 2)]
+    written = opened.student.write(problems, 2, MEMORY)
+    stale = shorten(problems, written, 2, MEMORY)
+    used = [replace(t, reused=True) for t in stale]
     for saved, age, taken in ((stale, AGE, False), (used, AGE, True), (used, AGE - 1, False)):
         opened.parts.records.save(2, saved)
-        found = _Run(replace(opened.parts, max_age=age), 2).stored(2, problems, "final")
+        found = _Run(replace(opened.parts, max_age=age), 2).stored(2, problems, "final", MEMORY)
         assert (found is not None) == taken
     opened.close()

@@ -225,6 +225,26 @@ def test_there_is_one_compilation_a_batch_shape(adam):
     assert compiled["jit(traced)"] == 1 and update.traces == 2
 
 
+def test_a_scale_of_the_learning_rate_scales_what_the_optimiser_adds_and_compiles_nothing(adam):
+    """Weight decay with it, as a schedule would; the moments are the same."""
+    update, start, _ = adam
+    before = jax.tree.map(np.copy, jax.device_get(start()[0].weights))
+    moved = {}
+    update(*start(), make_batch())
+    with compilations() as compiled:
+        for scale in (1.0, 0.5, 0.0):
+            moved[scale] = jax.device_get(update(*start(), make_batch(), scale=scale)[0])
+    assert compiled["jit(traced)"] == 0
+    jax.tree.map(np.testing.assert_array_equal, moved[0.0].weights, before)
+    jax.tree.map(
+        lambda x, half, whole: np.testing.assert_allclose(half - x, (whole - x) / 2, atol=1e-6),
+        before,
+        moved[0.5].weights,
+        moved[1.0].weights,
+    )
+    jax.tree.map(np.testing.assert_array_equal, moved[0.5].opt_state, moved[1.0].opt_state)
+
+
 def dots(jaxpr, kernel=False):
     """(inside a Pallas kernel, equation) of every product in a program."""
     for eqn in jaxpr.eqns:
@@ -242,7 +262,7 @@ def test_float32_is_multiplied_in_full_forwards_and_backwards(remat):
     update = make_update(student, student, REVERSE, GRADIENT, None, vocab_size=VOCAB)
     weights = student.abstract()
     trained = Trained(weights, jax.eval_shape(lambda w: init_opt_state(GRADIENT, w), weights))
-    found = list(dots(update._jitted.trace(trained, weights, make_batch(), None).jaxpr.jaxpr))
+    found = list(dots(update._jitted.trace(trained, weights, make_batch(), None, 1.0).jaxpr.jaxpr))
     low = [eqn for _, eqn in found if set(eqn.params["precision"] or ()) != {jax.lax.Precision.HIGHEST}]
     assert sum(inside for inside, _ in found) >= 9, "two of the kernel forwards, seven backwards"
     assert not low

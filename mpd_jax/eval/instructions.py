@@ -24,6 +24,7 @@ from mpd_jax.rollouts import recipe_parts
 from mpd_jax.run import BASE, evaluated_with, keep_compiled, samples_path
 from mpd_jax.samplers import load_frozen, make_samplers
 from mpd_jax.screen import Screen
+from mpd_jax.train.state import NEW_MEMORY
 from mpd_jax.types import Trajectory
 
 NAME = "instruction.json"
@@ -129,7 +130,7 @@ def _rewrites(c: RunConfig, roles: Roles, mesh: Mesh, screen: Screen) -> dict[st
     samples = evaluation.read_samples(samples_path(path(c.run.dir), BASE))
     found = {}
     with GraderPool(c.recipe.rewrite.grader, workers=1) as keeping, GraderPool(c.eval.grader) as pool:
-        rewrite = recipe_parts(c, roles, samplers, keeping, {}, screen.bar).rewrite
+        rewrite = recipe_parts(c, roles, samplers, keeping, screen.bar).rewrite
         for temperature in c.eval.temperatures:
             drafts = [
                 Trajectory(
@@ -145,7 +146,7 @@ def _rewrites(c: RunConfig, roles: Roles, mesh: Mesh, screen: Screen) -> dict[st
                 if s.temperature == temperature
             ]
             asked = [problems[i] for i in dict.fromkeys(draft.problem_id for draft in drafts)]
-            found[f"{temperature:g}"] = _judged(rewrite(asked, drafts, 0), problems, student.chat, pool)
+            found[f"{temperature:g}"] = _judged(rewrite(asked, drafts, 0, NEW_MEMORY), problems, student.chat, pool)
     return found
 
 

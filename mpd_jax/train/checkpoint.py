@@ -28,6 +28,7 @@ from mpd_jax.types import UserError
 log = logging.getLogger(__name__)
 
 FIGURES = "figures.json"  # of the evaluations of one kind, by step, and the settings that make the kind
+LEFT = "left.json"  # what a guard has left: see `Checkpoints.leave`
 Which = int | Literal["best"]  # a checkpoint: of this step, or the best
 
 
@@ -48,6 +49,7 @@ def from_dicts(arrays: dict[str, PyTree], like: RunState) -> RunState:
 class Checkpoints:
     """Checkpoints of one run: the last `keep` of them, and the best by the figure `keep_best` of those evaluated.
 
+    due_every: steps between those that a rollback may go to; the last `keep` of them stay whatever is saved beside.
     read_only: another process may be training; nothing is cleaned up or written.
     `on_commit(step)` is called by the saving thread when everything is written and only the renaming is left. `say` is
     told of checkpoints that cannot be read. All processes of a run see the same directory, on a shared file system or
@@ -61,6 +63,7 @@ class Checkpoints:
         on_commit: Callable[[int], None] | None = None,
         *,
         keep_best: str | None = None,
+        due_every: int | None = None,
         read_only: bool = False,
         say: Callable[[str], None] = log.warning,
     ):
@@ -76,6 +79,9 @@ class Checkpoints:
             if on_commit is not None and self._saving is not None:
                 on_commit(self._saving)
 
+        def due(steps: Sequence[int]) -> list[int]:
+            return [step for step in steps if due_every and step % due_every == 0][-keep:]
+
         # Orbax logs a failed save with its traceback, from several threads; each is also raised, and told once, here.
         for name in ("absl", "concurrent.futures", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -87,12 +93,13 @@ class Checkpoints:
             known = hosts.from_main(lambda: _read_figures(self.directory / FIGURES))
             self._measured: Any = known["settings"]
             self._figures: dict[int, dict[str, float]] = {step: figures for step, figures in known["figures"]}
+            self._left = hosts.from_main(lambda: _read_left(self.directory / LEFT))
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 item_handlers={"arrays": self._arrays, "run": self._run},
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                        [checkpoint_managers.LatestN(keep), _Only(self._best_of)]
+                        [checkpoint_managers.LatestN(keep), _Chosen(self._best_of), _Chosen(due)]
                     ),
                     read_only=read_only,
                     create=not read_only,
@@ -136,8 +143,9 @@ class Checkpoints:
     def restore(self, like: RunState) -> RunState | None:
         """The newest state that can be read, or None if there is none. `like` (arrays or abstract arrays) says where
         each array goes; what does not fit it is refused. Damaged checkpoints that are newer are put aside."""
+        self._remove_left()
         damaged: dict[int, str] = {}
-        for step in reversed(self._steps()):
+        for step in reversed(self.steps()):
             state, problem = self._read(step, like)
             if problem is None:
                 self._put_aside(damaged, step)
@@ -155,9 +163,9 @@ class Checkpoints:
 
     def restore_one(self, like: RunState, which: Which) -> RunState:
         """A state that was chosen; UserError names those that are there."""
-        steps = self._steps()
+        steps = self.steps()
         there = f"there are checkpoints of these steps: {', '.join(map(str, steps))}" if steps else "there is none yet"
-        step = self._best_of(steps) if which == "best" else which
+        step = next(iter(self._best_of(steps)), None) if which == "best" else which
         if step is None:
             why = "was evaluated" if self._keep_best else "is known to be best, for the run had no train.keep_best"
             raise UserError(f"--best: no checkpoint in {self.directory} {why}; give --step instead: {there}")
@@ -168,17 +176,46 @@ class Checkpoints:
             raise UserError(f"--step: {self.directory / str(step)} cannot be read ({problem}); {there}")
         return state
 
-    def _steps(self) -> list[int]:
-        return sorted(hosts.from_main(lambda: [int(step) for step in self._manager.all_steps()]))
+    def leave(self, steps: Sequence[int], goes_on: int | None = None, memory: dict[str, Any] | None = None) -> None:
+        """The checkpoints of these steps are none from here on, whenever the process is killed: one atomic write says
+        so, and they are removed by the next `restore`. memory: of the state after `goes_on` updates from now on, where
+        it differs from what was saved with it."""
+        self.wait()
+        kept = self._left if goes_on is None else {"step": goes_on, "memory": memory}
+        self._left = {**kept, "steps": list(steps)}
+        self._write_left()
 
-    def _best_of(self, steps: Sequence[int]) -> int | None:
-        """Of those that were evaluated; the later of two that are equal."""
+    def memory_at(self, step: int) -> dict[str, Any]:
+        """What the memory of the state after `step` updates was changed to by the last rollback, if it went there."""
+        return self._left["memory"] if self._left["step"] == step else {}
+
+    def _remove_left(self) -> None:
+        """Before anything is saved again: no step of another course of the run is taken for one that was left."""
+        if self._read_only or not self._left["steps"]:
+            return
+        for step in self._left["steps"] if hosts.is_main() else ():
+            epath.Path(self.directory / str(step)).rmtree(missing_ok=True)
+        hosts.gather(None)
+        self._manager.reload()
+        self._left = {**self._left, "steps": []}
+        self._write_left()
+
+    def _write_left(self) -> None:
+        write_atomically(self.directory / LEFT, json.dumps(self._left))
+
+    def steps(self) -> list[int]:
+        """Of the complete checkpoints, without those that were left."""
+        found = sorted(hosts.from_main(lambda: [int(step) for step in self._manager.all_steps()]))
+        return [step for step in found if step not in self._left["steps"]]
+
+    def _best_of(self, steps: Sequence[int]) -> list[int]:
+        """The best of those that were evaluated, if there is one; the later of two that are equal."""
         if self._keep_best is None:
-            return None
+            return []
         sign = -1 if self._keep_best == "mean_tokens" else 1  # of tokens the fewest are best
         known = {step: self._figures[step] for step in steps if self._keep_best in self._figures.get(step, ())}
         ranked = [(sign * figures[self._keep_best], step) for step, figures in known.items()]
-        return max(ranked)[1] if ranked else None
+        return [max(ranked)[1]] if ranked else []
 
     def _forget_after(self, step: int) -> None:
         """A run that goes on from `step` may come to other weights after it."""
@@ -228,7 +265,8 @@ class Checkpoints:
         self._refuse_misfits(where, wanted)
         args = ocp.args.StandardRestore(jax.tree.map(_abstract, wanted))
         state = from_dicts(self._arrays.restore(where / "arrays", args=args), like)
-        return state._replace(step=run["step"], memory={**like.memory, **run["memory"]})
+        memory = {**like.memory, **run["memory"], **self.memory_at(run["step"])}
+        return state._replace(step=run["step"], memory=memory)
 
     def wait(self) -> None:
         """Until the open save, if there is one, is complete."""
@@ -253,14 +291,14 @@ class Checkpoints:
 
 
 @dataclass(frozen=True)
-class _Only:
-    """Orbax's protocol of what stays: the one checkpoint that `choose` takes of the steps there are, if any."""
+class _Chosen:
+    """Orbax's protocol of what stays: the checkpoints that `choose` takes of the steps there are."""
 
-    choose: Callable[[Sequence[int]], int | None]
+    choose: Callable[[Sequence[int]], Sequence[int]]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         chosen = self.choose([checkpoint.step for checkpoint in checkpoints])
-        return [checkpoint.step == chosen for checkpoint in checkpoints]
+        return [checkpoint.step in chosen for checkpoint in checkpoints]
 
 
 def _unfinished(directory: epath.Path) -> list[epath.Path]:
@@ -278,6 +316,16 @@ def _read_figures(path: AnyPath) -> dict[str, Any]:
         return {"settings": known["settings"], "figures": figures}
     except (ValueError, TypeError, LookupError, AttributeError):  # absent or damaged: none is known to be best
         return {"settings": None, "figures": []}
+
+
+def _read_left(path: AnyPath) -> dict[str, Any]:
+    data = files.read(path)
+    try:
+        return json.loads(data) if data else {"step": -1, "memory": {}, "steps": []}
+    except ValueError:
+        raise UserError(
+            f"run.dir: {path} is damaged; what the run had rolled back to is lost: remove the file"
+        ) from None
 
 
 def _require_room(directory: AnyPath, arrays: PyTree) -> None:

@@ -19,9 +19,11 @@ from mpd_jax import hosts
 from mpd_jax.files import AnyPath, write_atomically, written_here
 from mpd_jax.train.ahead import Ahead
 from mpd_jax.train.checkpoint import Checkpoints
+from mpd_jax.train.curriculum import CurriculumConfig, cap, next_rung
+from mpd_jax.train.guards import Excursion, GuardsConfig, GuardStop, answer, suspect, tripped, words
 from mpd_jax.train.metrics import Clock, Metrics, Row, summarise
 from mpd_jax.train.records import Records
-from mpd_jax.train.state import PyTree, RunState, Trained
+from mpd_jax.train.state import Memory, PyTree, RunState, Trained
 from mpd_jax.train.step import Out
 from mpd_jax.types import Batch, Problem, Trajectory, UserError
 
@@ -38,7 +40,8 @@ class Problems(Protocol):
 class Parts:
     """A run, taken apart.
 
-    write, rewrite: (problems, step) -> trajectories; (problems, written, step) -> as many, with verdicts.
+    write, rewrite: (problems, step, the state's memory) -> trajectories; (problems, written, step, memory) -> as many,
+                    with verdicts.
     score:          (problems, trajectories, step) -> the same ones with what a target on servers says of them.
     to_batch:       the kept trajectories as arrays of fixed shapes, or None if none is left.
     load_student:   hands weights and their version (updates done) to the student's sampler.
@@ -52,6 +55,8 @@ class Parts:
     lookahead:      1: the next step's trajectories are made in a thread while this step trains, by weights one older.
     max_age:        updates after which what the student wrote is used no more where its problem comes up again.
     grade:          share of the written trajectories that are right, if that can be told cheaply.
+    guards:         None where no band is given. start: the state that a start of the run would begin with.
+    rolled_back:    (updates done) is called when what came after them is left.
     """
 
     run_dir: AnyPath
@@ -59,10 +64,10 @@ class Parts:
     save_every: int
     eval_every: int
     problems: Problems
-    write: Callable[[Sequence[Problem], int], Sequence[Trajectory]]
-    rewrite: Callable[[Sequence[Problem], Sequence[Trajectory], int], Sequence[Trajectory]]
+    write: Callable[[Sequence[Problem], int, Memory], Sequence[Trajectory]]
+    rewrite: Callable[[Sequence[Problem], Sequence[Trajectory], int, Memory], Sequence[Trajectory]]
     to_batch: Callable[[Sequence[Problem], Sequence[Trajectory]], Batch | None]
-    update: Callable[[Trained, PyTree, Batch], tuple[Trained, Out]]
+    update: Callable[[Trained, PyTree, Batch, float], tuple[Trained, Out]]
     load_student: Callable[[PyTree, int], None]
     checkpoints: Checkpoints
     records: Records
@@ -78,6 +83,11 @@ class Parts:
     profile_steps: tuple[int, int] | None = None
     lookahead: int = 0
     max_age: int = 0
+    guards: GuardsConfig | None = None
+    curriculum: CurriculumConfig | None = None
+    start: Callable[[], RunState] | None = None
+    rolled_back: Callable[[int], None] | None = None
+    say: Callable[[str], None] = lambda text: None
 
 
 def train(parts: Parts, state: RunState) -> RunState:
@@ -88,7 +98,8 @@ def train(parts: Parts, state: RunState) -> RunState:
     """
     run = _Run(parts, state.step)
     try:
-        for step in range(state.step, parts.steps):
+        while (state := run.guarded(state)).step < parts.steps:
+            step = state.step
             hosts.check()
             run.evaluate(state)
             run.profile(step)
@@ -98,10 +109,10 @@ def train(parts: Parts, state: RunState) -> RunState:
             batch = run.batch(step, problems, trajectories)
             state, out = run.update(state, problems, batch)
             state = run.refresh(state)
-            run.measure(step, out, problems, trajectories, batch)
-            if state.step % parts.save_every == 0 or state.step == parts.steps:
-                run.save(state)
-        run.settle(behind=0)
+            run.measure(state, out, problems, trajectories, batch)
+            state = run.lengthen(state)
+            run.save_if_due(state)
+        run.save(state)
     except hosts.Stopped:
         run.rest()
         run.save(state)
@@ -124,6 +135,55 @@ class _Run:
         self.profiling, self.trace = False, ExitStack()
         self.ahead: Ahead | None = None
         self.traces = 0
+        self.asked: dict[int, Memory] = {}  # the memory by which the trajectories of a step were made
+
+    def guarded(self, state: RunState) -> RunState:
+        """The state to go on from: this one, or one from before what a guard has left. At the end all rows are seen."""
+        guards, metrics = self.parts.guards, self.parts.metrics
+        if guards is None:
+            return state
+        ended = state.step == self.parts.steps
+        if ended:
+            self.settle(behind=0)
+        for step in range(state.step, state.step + 1 + ended):
+            found = hosts.from_main(partial(tripped, guards, metrics.history, step))
+            for one in (Excursion(*fields) for fields in found):
+                if one.action != "warn":
+                    return self.leave(state, guards, one)
+                self.parts.say(f"warning: {words(guards, one)}")
+        return state
+
+    def leave(self, state: RunState, guards: GuardsConfig, one: Excursion) -> RunState:
+        """Goes back behind an excursion, or stops there. No kill undoes it: it is on disk before anything goes on."""
+        parts = self.parts
+        self.rest()
+        parts.clock.begin(state.step, "leave")
+        parts.checkpoints.wait()
+        found = answer(guards, one, state.memory, parts.checkpoints.steps(), parts.save_every)
+        parts.checkpoints.leave(found.left, found.good, found.memory)
+        if found.good is None:
+            raise GuardStop(found.said)
+        parts.say(found.said)
+        for leaf in jax.tree.leaves((state.weights, state.opt_state, state.self_weights)):
+            leaf.delete()  # else the run would be in memory twice
+        assert parts.start is not None, "guards without a start"
+        state = parts.start()
+        parts.metrics.rewind(state.step)
+        parts.records.forget_after(state.step - 1)
+        if parts.rolled_back is not None:
+            parts.rolled_back(state.step)
+        self.saved, self.loaded, self.held, self.asked = state.step, None, {}, {}
+        parts.clock.take()()
+        return state
+
+    def lengthen(self, state: RunState) -> RunState:
+        """The next rung of the curriculum where it is time for it: a part of the step, so that no stop repeats it."""
+        curriculum, memory = self.parts.curriculum, state.memory
+        if curriculum is None or state.step % curriculum.every:
+            return state
+        history, rung = self.parts.metrics.history, int(memory["length_rung"])
+        rung = hosts.from_main(lambda: next_rung(curriculum, history, state.step, rung))
+        return state._replace(memory={**memory, "length_rung": rung})
 
     def profile(self, step: int | None) -> None:
         """Starts the trace at its first step and ends it after its last, or when there are no more steps (None)."""
@@ -150,12 +210,13 @@ class _Run:
             made = ahead.result()
             parts.clock.add(ahead.seconds)
             return made
-        final = self.stored(step, problems, "final")
+        self.asked[step] = state.memory
+        final = self.stored(step, problems, "final", state.memory)
         if final is not None:
             return self.scored(step, problems, final, parts.clock.begin)
         parts.clock.begin(step, "load")
         self.load(state)
-        return self.made(step, problems, parts.clock.begin)
+        return self.made(step, problems, state.memory, parts.clock.begin)
 
     def look_ahead(self, state: RunState) -> None:
         """Begins the next step's trajectories, by the weights that this step starts from."""
@@ -163,10 +224,11 @@ class _Run:
         if not parts.lookahead or step >= parts.steps:
             return
         problems = parts.problems.at(step)
-        if self.stored(step, problems, "final") is None:
+        if self.stored(step, problems, "final", state.memory) is None:
             parts.clock.begin(state.step, "load")
             self.load(state)
-            self.ahead = Ahead(partial(self.made, step, problems), parts.clock.note)
+            self.asked[step] = state.memory
+            self.ahead = Ahead(partial(self.made, step, problems, state.memory), parts.clock.note)
 
     def rest(self) -> None:
         """Until nothing samples any more; what was being made is made again."""
@@ -174,19 +236,21 @@ class _Run:
         if ahead is not None:
             ahead.wait()
 
-    def made(self, step: int, problems: Sequence[Problem], begin: Callable[[int, str], None]) -> Sequence[Trajectory]:
+    def made(
+        self, step: int, problems: Sequence[Problem], memory: Memory, begin: Callable[[int, str], None]
+    ) -> Sequence[Trajectory]:
         """A step's trajectories; they are on disk before anyone uses them."""
-        parts = self.parts
+        parts, rollbacks = self.parts, int(memory["rollbacks"])
         begin(step, "write")
         again = self.again(step, problems)
         new = [problem for problem in problems if problem.id not in again]
-        written = self.stored(step, problems, "written")
+        written = self.stored(step, problems, "written", memory)
         if written is None or {t.problem_id for t in written} != {problem.id for problem in new}:
-            written = parts.write(new, step) if new else []
-            parts.records.save(step, written, stage="written")
+            written = parts.write(new, step, memory) if new else []
+            parts.records.save(step, written, stage="written", rollbacks=rollbacks)
         begin(step, "rewrite")
-        final = joined(problems, again, parts.rewrite(new, written, step) if new else [])
-        parts.records.save(step, final)
+        final = joined(problems, again, parts.rewrite(new, written, step, memory) if new else [])
+        parts.records.save(step, final, rollbacks=rollbacks)
         return self.scored(step, problems, final, begin)
 
     def scored(
@@ -201,10 +265,11 @@ class _Run:
         begin(step, "score")
         return self.parts.score(problems, trajectories, step)
 
-    def stored(self, step: int, problems: Sequence[Problem], stage: str) -> Sequence[Trajectory] | None:
-        """From disk, unless weights older than the look-ahead allows wrote them, or than max_age what is used again."""
+    def stored(self, step: int, problems: Sequence[Problem], stage: str, memory: Memory) -> Sequence[Trajectory] | None:
+        """From disk, unless weights older than the look-ahead allows wrote them, or than max_age what is used again, or
+        before a rollback."""
         parts = self.parts
-        found = parts.records.load(step, problems, stage=stage)
+        found = parts.records.load(step, problems, stage=stage, rollbacks=int(memory["rollbacks"]))
         allowed = ((t, parts.max_age if t.reused else parts.lookahead) for t in found or ())
         return None if any(staleness(step, [t]) > age for t, age in allowed) else found
 
@@ -237,7 +302,8 @@ class _Run:
         self.held = {number: held for number, held in self.held.items() if number >= step - 1}
         self.held[step] = (problems, batch)
         target_weights = parts.teacher_weights if state.self_weights is None else state.self_weights
-        trained, out = parts.update(Trained(state.weights, state.opt_state), target_weights, batch)
+        scale = state.memory["learning_rate_scale"]
+        trained, out = parts.update(Trained(state.weights, state.opt_state), target_weights, batch, scale)
         parts.clock.watch(out)
         return state._replace(**trained._asdict(), step=step + 1), out
 
@@ -248,13 +314,14 @@ class _Run:
 
     def measure(
         self,
-        step: int,
+        state: RunState,
         out: Out | None,
         problems: Sequence[Problem],
         trajectories: Sequence[Trajectory],
         batch: Batch | None,
     ) -> None:
-        """Host work while the device updates; then the figures of the step before, which are ready by now."""
+        """Host work while the device comes to `state`; then the figures of the step before, which are ready."""
+        step = state.step - 1
         row = summarise(trajectories)
         row |= rows_of(batch)
         row["staleness"] = staleness(step, trajectories)
@@ -263,6 +330,11 @@ class _Run:
         row["too_long"] = row["trajectories"] - row["dropped"] - row["trained"]
         if self.parts.grade is not None:
             row["rollout_accuracy"] = self.parts.grade(problems, [t.original or t for t in trajectories])
+        if self.parts.guards is not None or state.memory["rollbacks"]:
+            row |= {name: state.memory[name] for name in ("rollbacks", "learning_rate_scale")}
+        if self.parts.curriculum is not None:
+            row["length_cap"] = cap(self.parts.curriculum, self.asked[step])
+        self.asked.pop(step)
         self.parts.metrics.add(step, out, row, self.parts.clock.take())
         self.settle(behind=1)
 
@@ -297,6 +369,15 @@ class _Run:
         self.load(state)
         self.parts.evaluate(state)
         self.parts.clock.take()()
+
+    def save_if_due(self, state: RunState) -> None:
+        """Not where the next guard may find that it should have been left: the good ones would be crowded out."""
+        guards = self.parts.guards
+        if state.step % self.parts.save_every:
+            return
+        self.settle(behind=0)
+        if guards is None or not hosts.from_main(lambda: suspect(guards, self.parts.metrics.history, state.step)):
+            self.save(state)
 
     def save(self, state: RunState) -> None:
         """Only after the flags of all steps so far were read, and with their rows where a start finds them."""

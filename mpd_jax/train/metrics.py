@@ -22,6 +22,8 @@ from mpd_jax.train.step import POSITION_EDGES, Out
 from mpd_jax.types import Trajectory, UserError
 
 Row = dict[str, Any]
+# What later steps are decided by (guards.py, curriculum.py).
+HISTORY = ("step", "staleness", "student_entropy", "written_tokens", "divergence", "ended")
 
 
 class PhaseLog:
@@ -188,10 +190,14 @@ def spent(row: Row, seconds: Seconds) -> Row:
 
 
 class Metrics:
-    """metrics.jsonl. Rows of steps that are about to be redone are cut off when it is opened."""
+    """metrics.jsonl. Rows of steps that are about to be redone are cut off when it is opened.
+
+    history: the HISTORY of every row; of the rows of earlier starts process 0 alone has it.
+    """
 
     def __init__(self, run_dir: AnyPath, start_step: int, live: Callable[[Row], None] | None = None):
         self.path = run_dir / "metrics.jsonl"
+        self.history: list[Row] = []
         self._live = live
         self._pending: list[tuple[Row, Out | None, Callable[[], Seconds]]] = []
         hosts.from_main(lambda: self._truncate(start_step))
@@ -209,10 +215,18 @@ class Metrics:
             row |= device_row(out) if out is not None else {"loss": None, "finite": True, "skipped": True}
             row |= spent(row, seconds())
             self._lines.add(json.dumps(row))
+            self.history.append(_decisive(row))
             if self._live is not None:
                 self._live(row)
             done.append(row)
         return done
+
+    def rewind(self, step: int) -> None:
+        """Forgets `step` and all later ones, read or not."""
+        self._pending.clear()
+        self._lines.close()
+        hosts.from_main(lambda: self._truncate(step))
+        self._lines = files.Lines(self.path)
 
     def flush(self) -> None:
         """Until the rows are where a start would look for them."""
@@ -224,7 +238,12 @@ class Metrics:
     def _truncate(self, start_step: int) -> None:
         rows = read_rows(self.path)
         kept = [row for row in rows if row["step"] < start_step]
+        self.history = [_decisive(row) for row in kept]
         files.write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _decisive(row: Row) -> Row:
+    return {name: row[name] for name in HISTORY if name in row}
 
 
 def read_rows(path: AnyPath) -> list[Row]:

@@ -50,8 +50,8 @@ class Records:
         suffix = "" if stage == "final" else f".{stage}"
         return self.directory / f"step_{step:06d}{suffix}.jsonl"
 
-    def save(self, step: int, trajectories: Sequence[Trajectory], stage: str = "final") -> None:
-        made = {"step": step, "stage": stage, "seed": self._seed, "settings": self._settings}
+    def save(self, step: int, trajectories: Sequence[Trajectory], stage: str = "final", rollbacks: int = 0) -> None:
+        made = {"step": step, "stage": stage, "seed": self._seed, "settings": self._settings, "rollbacks": rollbacks}
         head = json.dumps({**made, "count": len(trajectories)})
         files.write_atomically(self.path(step, stage), "\n".join([head, *map(to_json, trajectories)]) + "\n")
         if stage == "final":
@@ -65,12 +65,15 @@ class Records:
                 files.remove(path)
         self._lines_of = {number: lines for number, lines in self._lines_of.items() if number <= step}
 
-    def load(self, step: int, problems: Sequence[Problem], stage: str = "final") -> list[Trajectory] | None:
-        """The trajectories of a step, or None when it has none on disk. Those of another run are refused.
+    def load(
+        self, step: int, problems: Sequence[Problem], stage: str = "final", rollbacks: int = 0
+    ) -> list[Trajectory] | None:
+        """The trajectories of a step, or None when it has none on disk that were made after as many rollbacks. Those of
+        another run are refused.
 
         Process 0 reads them, and tells the others.
         """
-        lines = hosts.from_main(lambda: self._lines(step, problems, stage))
+        lines = hosts.from_main(lambda: self._lines(step, problems, stage, rollbacks))
         return None if lines is None else [from_json(line) for line in lines]
 
     def latest(self, step: int, problems: Sequence[Problem], within: int) -> list[Trajectory]:
@@ -109,11 +112,13 @@ class Records:
             return None
         return head, lines, trajectories
 
-    def _lines(self, step: int, problems: Sequence[Problem], stage: str) -> list[str] | None:
+    def _lines(self, step: int, problems: Sequence[Problem], stage: str, rollbacks: int) -> list[str] | None:
         path, whole = self.path(step, stage), self._whole(step, stage)
         if whole is None:
             return None
         head, lines, trajectories = whole
+        if head.get("rollbacks", 0) != rollbacks:
+            return None
         strangers = sorted({t.problem_id for t in trajectories} - {p.id for p in problems})
         if head["seed"] != self._seed or strangers:
             found = f"problem {strangers[0]!r}" if strangers else f"run.seed = {head['seed']}"

@@ -17,6 +17,7 @@ from mpd_jax.sharding import tree_shardings
 from mpd_jax.types import UserError
 
 PyTree = Any
+Memory = dict[str, int | float]  # small named numbers that belong to a run
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class RunState(NamedTuple):
 
     weights: what trains, all of the student's or an adapter; frozen weights are no part of the state.
 
-    memory: small named numbers that belong to the run (rollbacks, skipped_updates, ...).
+    memory: rollbacks and learning_rate_scale (guards.py), length_rung (curriculum.py), skipped_updates.
     """
 
     weights: PyTree
@@ -130,10 +131,10 @@ class RunState(NamedTuple):
     self_weights: PyTree | None
     step: int
     seed: int
-    memory: dict[str, int | float]
+    memory: Memory
 
 
-NEW_MEMORY = {"rollbacks": 0, "skipped_updates": 0}
+NEW_MEMORY: Memory = {"rollbacks": 0, "learning_rate_scale": 1.0, "length_rung": 0, "skipped_updates": 0}
 
 
 def init_opt_state(tx: optax.GradientTransformation, weights: PyTree) -> PyTree:

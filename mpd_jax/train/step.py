@@ -45,9 +45,11 @@ def position_sums(value_R: jax.Array, counts_R: jax.Array, index_R: jax.Array) -
 
 
 class Update:
-    """`update(trained, target_weights, batch, base) -> (trained, out)`; `trained` is donated, the rest is only read.
+    """`update(trained, target_weights, batch, base, scale) -> (trained, out)`; `trained` is donated, the rest is only
+    read.
 
-    base: the student's frozen weights where an adapter trains, else None.
+    base: the student's frozen weights where an adapter trains, else None. scale: of what the optimiser would add to the
+    weights, decay included; another one compiles nothing.
 
     out: "loss" (what was minimised), "grad_norm", "finite", "tokens", sums over the tokens that count of "divergence",
     "student_entropy", "target_entropy", with a target on servers "tail_mass" (what it gives to other tokens than its
@@ -57,7 +59,7 @@ class Update:
 
     def __init__(
         self,
-        body: Callable[[Trained, PyTree, TracedBatch, PyTree], tuple[Trained, Out]],
+        body: Callable[[Trained, PyTree, TracedBatch, PyTree, jax.Array], tuple[Trained, Out]],
         mesh: Mesh | None,
         pieces: int,
         shardings: Trained | None,
@@ -68,23 +70,25 @@ class Update:
         self._pieces = pieces
         self._alone = alone
 
-        def traced(trained: Trained, target_weights: PyTree, batch: TracedBatch, base: PyTree) -> tuple[Trained, Out]:
+        def traced(
+            trained: Trained, target_weights: PyTree, batch: TracedBatch, base: PyTree, scale: jax.Array
+        ) -> tuple[Trained, Out]:
             self.traces += 1
-            return body(trained, target_weights, batch, base)
+            return body(trained, target_weights, batch, base, scale)
 
         places = None if mesh is None else (shardings, NamedSharding(mesh, PartitionSpec()))
         self._jitted: Any = jax.jit(traced, donate_argnums=0, out_shardings=places)
 
     def __call__(
-        self, trained: Trained, target_weights: PyTree, batch: Batch, base: PyTree = None
+        self, trained: Trained, target_weights: PyTree, batch: Batch, base: PyTree = None, scale: float = 1.0
     ) -> tuple[Trained, Out]:
         with self._on_mesh():
-            return self._jitted(trained, target_weights, self.place(batch), base)
+            return self._jitted(trained, target_weights, self.place(batch), base, np.float32(scale))
 
     def lower(self, trained: Trained, target_weights: PyTree, batch: Batch, base: PyTree = None) -> Any:
         """The lowered program for arguments of these shapes; their values are not read."""
         with self._on_mesh():
-            return self._jitted.lower(trained, target_weights, batch, base)
+            return self._jitted.lower(trained, target_weights, batch, base, np.float32(1))
 
     def _on_mesh(self) -> AbstractContextManager:
         """The decoder places its activations on the mesh that is set while it is traced."""
@@ -112,24 +116,13 @@ class Update:
         return jax.tree.map(spread, batch)
 
 
-def make_update(
-    student: Model | Adapted,
-    target: Model | None,
-    loss: LossConfig,
-    tx: optax.GradientTransformation,
-    mesh: Mesh | None,
-    *,
-    vocab_size: int,
-    micro_batches: int = 1,
-    stop_ids: Sequence[int] = (),
-) -> Update:
-    """The update of a recipe. target: what is read on the mesh, None where the batch holds what servers read, or
-    nobody reads and the response tokens themselves are trained on. stop_ids: those that loss.merge_stops merges."""
-    student, target = student.on(mesh), target.on(mesh) if target else None
-    weigh = token_weight(loss.token_weight)
+def objective_of(
+    student: Model | Adapted, loss: LossConfig, mesh: Mesh | None, vocab_size: int, stop_ids: Sequence[int]
+) -> Callable[..., tuple[jax.Array, Out]]:
+    """(what trains, base, hidden states and head of a target on the mesh, batch) -> the weighted sum of the loss, and
+    its stats for each token."""
     merged = tuple(stop_ids) if loss.merge_stops else ()
     how: dict[str, Any] = {"mesh": mesh, "vocab_size": vocab_size}
-    shardings = trained_shardings(student, tx, mesh) if mesh is not None else None
 
     def objective(trained: PyTree, base: PyTree, target_rows: tuple[jax.Array, jax.Array] | None, batch: TracedBatch):
         weights = student.over(base, trained)
@@ -146,6 +139,27 @@ def make_update(
             )
         ids_RK, logprobs_RK = (x.reshape(-1, x.shape[-1]) for x in (batch.top_ids_BRK, batch.top_logprobs_BRK))
         return fused_bucket_divergence(rows_RD, head_VD, ids_RK, logprobs_RK, weight_R, loss=loss, **how)
+
+    return objective
+
+
+def make_update(
+    student: Model | Adapted,
+    target: Model | None,
+    loss: LossConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh | None,
+    *,
+    vocab_size: int,
+    micro_batches: int = 1,
+    stop_ids: Sequence[int] = (),
+) -> Update:
+    """The update of a recipe. target: what is read on the mesh, None where the batch holds what servers read, or
+    nobody reads and the response tokens themselves are trained on. stop_ids: those that loss.merge_stops merges."""
+    student, target = student.on(mesh), target.on(mesh) if target else None
+    weigh = token_weight(loss.token_weight)
+    objective = objective_of(student, loss, mesh, vocab_size, stop_ids)
+    shardings = trained_shardings(student, tx, mesh) if mesh is not None else None
 
     def read(target_weights: PyTree, batch: TracedBatch) -> tuple[jax.Array, jax.Array] | None:
         if target is None:
@@ -169,7 +183,9 @@ def make_update(
             gradient = jax.lax.with_sharding_constraint(gradient, shardings.weights)
         return gradient, {"loss": value, **token_sums(stats, batch)}
 
-    def body(trained: Trained, target_weights: PyTree, batch: TracedBatch, base: PyTree) -> tuple[Trained, Out]:
+    def body(
+        trained: Trained, target_weights: PyTree, batch: TracedBatch, base: PyTree, scale: jax.Array
+    ) -> tuple[Trained, Out]:
         told: Out = {}
         if weigh is not None:
             stats = of_every_row(
@@ -182,7 +198,8 @@ def make_update(
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(out["loss"])
         updates, opt_state = tx.update(gradient, trained.opt_state, trained.weights)
-        moved = Trained(optax.apply_updates(trained.weights, updates), opt_state)
+        scaled = jax.tree.map(lambda x: x * scale, updates)
+        moved = Trained(optax.apply_updates(trained.weights, scaled), opt_state)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, trained)
         return kept, {**out, **told, "grad_norm": norm, "finite": finite}
 
