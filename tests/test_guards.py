@@ -284,6 +284,16 @@ def test_a_run_killed_at_any_moment_of_a_rollback_ends_with_the_same_bits(dense,
     assert kill or (written and all(rollbacks == 1 for _, rollbacks, _ in written))
 
 
+def test_a_rollback_that_removes_no_checkpoint_is_remembered_too(straight, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        armed = then(Records.forget_after, lambda: patch.setattr(Records, "save", then(Records.save, dies)))
+        patch.setattr(Records, "forget_after", armed)
+        run(tmp_path, collapse, GUARDS)
+    state, _, written = run(tmp_path, collapse, GUARDS)
+    jax.tree.map(np.testing.assert_array_equal, state, straight[0])
+    assert [step for step, rollbacks, _ in written if rollbacks == 0] == []
+
+
 @pytest.mark.parametrize("at", [5, 6, 7, 8, 9])
 def test_a_run_asked_to_stop_around_an_excursion_ends_with_the_same_bits(straight, tmp_path, monkeypatch, at):
     """It saves where no checkpoint is due, and crowds none out that a rollback goes to."""
