@@ -9,9 +9,11 @@ from jax.sharding import Mesh
 
 from mpd_jax.config import RunConfig
 from mpd_jax.data.batching import BatchReport, TargetPrompt, to_batch
+from mpd_jax.data.chat import Chat
 from mpd_jax.models.kernels import takes_segments
 from mpd_jax.recipe.rewrite import rewriting_prompt
 from mpd_jax.roles import ModelFiles, rewriting_room
+from mpd_jax.rollouts import share_right
 from mpd_jax.types import Batch, Problem, Trajectory
 
 
@@ -60,7 +62,7 @@ def batch_of(
     reads: TargetPrompt | None,
 ) -> tuple[Batch, BatchReport]:
     """The arrays of these trajectories as this run packs them; `reads`: what the target reads before a response."""
-    top_k = config.recipe.target.top_k
+    top_k, weights = config.recipe.target.top_k, config.recipe.loss.token_weight
     reading = (student, None if top_k else target_files)
     return to_batch(
         problems,
@@ -73,4 +75,13 @@ def batch_of(
         multiple=mesh.shape["data"] * mesh.shape["fsdp"] * config.train.micro_batches,
         alone=not all(takes_segments(files.model.on(mesh).attention) for files in reading if files),
         top_k=top_k,
+        pass_rates=None if weights == "none" else pass_rates(problems, trajectories, student.chat),
     )
+
+
+def pass_rates(problems: Sequence[Problem], trajectories: Sequence[Trajectory], chat: Chat) -> dict[str, float]:
+    """Problem id -> the share of its attempts, as they were written, whose answer is right by plain rules; 0.5 where
+    there is no reference answer to tell by."""
+    written = [t.original or t for t in trajectories]
+    shares = {p.id: share_right([p], [t for t in written if t.problem_id == p.id], chat) for p in problems}
+    return {id: 0.5 if share is None else share for id, share in shares.items()}

@@ -273,15 +273,16 @@ def build(
 
 def update_of(config: RunConfig, roles: Roles, mesh: Mesh) -> Update:
     """The update of the run, jitted; it compiles for weights and batches that are only shapes, too."""
-    target_files = roles.target_here(config.recipe)
+    target_files, vocab = roles.target_here(config.recipe), roles.student.chat.vocab_size
     return make_update(
         roles.student.trains,
         target_files.model if target_files else None,
         config.recipe.loss,
         optimiser(config.train),
         mesh,
-        vocab_size=roles.student.chat.vocab_size,
+        vocab_size=vocab,
         micro_batches=config.train.micro_batches,
+        stop_ids=sorted(id for id in roles.student.eos_ids if id < vocab),
     )
 
 

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,6 +70,10 @@ Best = Annotated[
     bool, typer.Option("--best", help="The run's best checkpoint by train.keep_best, instead of the newest.")
 ]
 
+WhileStdin = Annotated[
+    bool, typer.Option("--while-stdin", hidden=True, help="Stop, as by SIGTERM, when standard input ends.")
+]
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of text.")]
 
 
@@ -78,6 +84,7 @@ def train(
     coordinator: Coordinator = None,
     processes: Processes = None,
     process_id: ProcessId = None,
+    while_stdin: WhileStdin = False,
 ) -> None:
     """Train the run of CONFIG: evaluate, distil, evaluate again. The same command again resumes it.
 
@@ -87,6 +94,8 @@ def train(
     from mpd_jax.config import load
 
     settings = load(config, overrides or [])
+    if while_stdin:
+        _stop_with_stdin()
     _join(coordinator, processes, process_id)
     try:
         run.train(settings, os.environ.get)
@@ -100,6 +109,18 @@ def train(
         hosts.leave(130, error)
         raise typer.Exit(130) from None
     hosts.leave(0)
+
+
+def _stop_with_stdin() -> None:
+    """SIGTERM to this process when its standard input ends, which another one holds open: however that one ends, so
+    does this."""
+
+    def wait() -> None:
+        while os.read(0, 1):  # the stream's own lock would be held when the interpreter ends
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="stdin", daemon=True).start()
 
 
 def _join(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
@@ -120,7 +141,11 @@ def _one(command: str) -> None:
     """What is not training is one process's work; each of several would do it again, over the others' files."""
     import jax
 
-    if _launched() or (_on_tpu() and jax.process_count() > 1):
+    _refuse(command, _launched() or (_on_tpu() and jax.process_count() > 1))
+
+
+def _refuse(command: str, one_of_several: bool) -> None:
+    if one_of_several:
         raise UserError(
             f"mpd-jax {command}: it was started as one process of several, and it runs in one; start it once: with "
             "`srun --ntasks=1`, in a job without completion index, or on any other machine that sees the files"
@@ -169,6 +194,60 @@ def evaluate(
 
     _one("eval")
     use.evaluate(source, config, overrides or [], regrade, out, _which(step, best))
+
+
+@app.command()
+def compare(
+    configs: Annotated[list[str], typer.Argument(help="One YAML file a method.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="The directory of the comparison; the same again goes on there.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="A change to all configs, such as train.steps=48; repeatable.", show_default=False),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each method, of run.seed 0, 1 and on.")] = 3,
+    jobs: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=[v1,v2]: each method with each of these values; repeatable.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train several methods over several seeds, and compare accuracy and tokens in one table, with intervals.
+
+    SIGTERM, or Ctrl-C once, saves and ends with exit code 75, and the same command goes on; it is 1 if a run failed.
+    """
+    from mpd_jax import hosts
+    from mpd_jax.eval import compare
+
+    _refuse("compare", _launched())  # no device is touched: each run it starts needs them all
+    try:
+        result = compare.run(configs, overrides or [], sweep or [], seeds=seeds, out=out, jobs=jobs)
+    except hosts.Stopped as stopped:
+        typer.echo(f"{stopped}; the same command again goes on", err=True)
+        raise typer.Exit(hosts.STOPPED) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command again goes on from the last checkpoints", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    raise typer.Exit(1 if any(arm["state"] == "failed" for arm in result["arms"]) else 0)
+
+
+@app.command(hidden=True)
+def instructions(
+    config: Config,
+    swept: Annotated[list[str], typer.Argument(help="The keys that are swept.")],
+    while_stdin: WhileStdin = False,
+) -> None:
+    """What `compare` asks of a finished run for a swept instruction: how its reader fares by itself."""
+    from mpd_jax.config import load
+    from mpd_jax.eval import instructions
+
+    if while_stdin:
+        _stop_with_stdin()
+    instructions.measure(load(config), swept)
 
 
 @app.command()

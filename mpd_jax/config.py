@@ -5,6 +5,7 @@ Every section is declared beside the code that reads it. Unknown keys are errors
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -200,15 +201,22 @@ def resolve(tree: dict, overrides: typing.Sequence[str] = ()) -> RunConfig:
         tree = _override(tree, override)
     _refuse_unknown_keys(tree, RunConfig, "")
     try:
-        config = pydantic.TypeAdapter(RunConfig).validate_python(tree)
+        config = _adapter().validate_python(tree)
     except pydantic.ValidationError as error:
         raise UserError("\n".join(_explain(e) for e in error.errors())) from None
     validate(config.recipe)
     _check_roles(config)
     _check_serving(config)
+    _check_sampled_loss(config)
     _check_training(config)
     _check_guards(config)
     return config
+
+
+@functools.cache
+def _adapter() -> pydantic.TypeAdapter:
+    """Made once: it takes longer than reading a config."""
+    return pydantic.TypeAdapter(RunConfig)
 
 
 def _override(tree: dict, text: str) -> dict:
@@ -395,6 +403,24 @@ def _check_serving(config: RunConfig) -> None:
             raise UserError(
                 f"sampling.lookahead: 1 needs {name}.serve to be the address of a server, for {name} would sample on "
                 "the devices that train meanwhile; set it, or sampling.lookahead=0"
+            )
+
+
+def _check_sampled_loss(config: RunConfig) -> None:
+    """What `policy_gradient` trains on was drawn from the distribution that it trains."""
+    if config.recipe.loss.kind != "policy_gradient":
+        return
+    sampling = config.sampling
+    for key, value, neutral, why in (
+        ("writer.temperature", sampling.writer.temperature, 1.0, "draws from another distribution than is trained"),
+        ("writer.top_p", sampling.writer.top_p, 1.0, "leaves out tokens that the student gives mass"),
+        ("writer.top_k", sampling.writer.top_k, 0, "leaves out tokens that the student gives mass"),
+        ("lookahead", sampling.lookahead, 0, "has older weights write the text"),
+    ):
+        if value != neutral:
+            raise UserError(
+                f"sampling.{key}: {value} {why}, and recipe.loss.kind=policy_gradient would be biased; set it to "
+                f"{neutral}, or use kind=reverse_kl, which is exact on any text"
             )
 
 

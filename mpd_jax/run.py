@@ -237,33 +237,19 @@ class Judged:
         return [*((int(r.name.split()[-1]) if r.name.startswith(TRAINED) else 0, r) for r in rows), *points]
 
     def _path(self, name: str) -> AnyPath:
-        return self.run.parts.run_dir / "evaluations" / f"{name}.jsonl"
+        return samples_path(self.run.parts.run_dir, name)
 
     def _settings(self) -> dict[str, Any]:
-        """What the samples depend on beside the weights: those made under other settings are made again."""
-        c = self.run.config
-        made_with = {
-            "eval": dataclasses.asdict(dataclasses.replace(c.eval, every=0, concise_row=True)),
-            "seed": c.run.seed,
-            "problems": [c.problems.heldout, c.problems.heldout_columns, c.problems.columns],
-            "contexts": [c.recipe.contexts.plain, c.recipe.contexts.concise],
-            "student": dataclasses.asdict(c.student),
-        }
-        return json.loads(json.dumps(made_with))
+        return evaluated_with(self.run.config)
 
     def _stored(self, name: str) -> bool:
         return hosts.from_main(lambda: self._is_stored(name))
 
     def _is_stored(self, name: str) -> bool:
-        return self._head(name).get("settings") == self._settings()
+        return is_evaluated(self.run.parts.run_dir, name, self.run.config)
 
     def _head(self, name: str) -> dict[str, Any]:
-        """What is known of an evaluation beside its samples; nothing if it is absent or damaged, and made again."""
-        try:
-            head = json.loads(files.read(self._path(name).with_suffix(".json")) or b"")
-        except ValueError:
-            return {}
-        return head if isinstance(head, dict) else {}
+        return _evaluation_head(self.run.parts.run_dir, name)
 
     def _evaluate(self, name: str, context: str) -> list[EvalRow]:
         path, run = self._path(name), self.run
@@ -289,6 +275,37 @@ class Judged:
         }
         write_atomically(path.with_suffix(".json"), json.dumps(content, indent=2) + "\n")
         return rows
+
+
+def samples_path(run_dir: AnyPath, name: str) -> AnyPath:
+    """The samples of a run's evaluation; beside them, with the suffix .json, what they were made with."""
+    return run_dir / "evaluations" / f"{name}.jsonl"
+
+
+def evaluated_with(c: RunConfig) -> dict[str, Any]:
+    """What the samples depend on beside the weights: those made under other settings are made again."""
+    made_with = {
+        "eval": dataclasses.asdict(dataclasses.replace(c.eval, every=0, concise_row=True)),
+        "seed": c.run.seed,
+        "problems": [c.problems.heldout, c.problems.heldout_columns, c.problems.columns],
+        "contexts": [c.recipe.contexts.plain, c.recipe.contexts.concise],
+        "student": dataclasses.asdict(c.student),
+    }
+    return json.loads(json.dumps(made_with))
+
+
+def is_evaluated(run_dir: AnyPath, name: str, c: RunConfig) -> bool:
+    """Whether the samples of an evaluation are there, made with the settings of `c`."""
+    return _evaluation_head(run_dir, name).get("settings") == evaluated_with(c)
+
+
+def _evaluation_head(run_dir: AnyPath, name: str) -> dict[str, Any]:
+    """What is known of an evaluation beside its samples; nothing if it is absent or damaged, and made again."""
+    try:
+        head = json.loads(files.read(samples_path(run_dir, name).with_suffix(".json")) or b"")
+    except ValueError:
+        return {}
+    return head if isinstance(head, dict) else {}
 
 
 def with_truncation(run_dir: AnyPath, rows: Sequence[EvalRow]) -> list[EvalRow]:

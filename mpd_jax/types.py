@@ -78,6 +78,7 @@ class Batch(NamedTuple):
     weight_BR            float32, 0 at padding; the reduction is inside it (1 / global token count for a token mean).
     top_ids_BRK, top_logprobs_BRK   what a target on servers says before each response token, ids of -1 at padding; None
                          if it is read on the mesh. Where they are, the target's other arrays are as with none.
+    pass_rate_BR         float32, the share of right attempts of the token's problem; None if no token weight is set.
     """
 
     student_tokens_BT: Array
@@ -91,3 +92,4 @@ class Batch(NamedTuple):
     weight_BR: Array
     top_ids_BRK: Array | None = None
     top_logprobs_BRK: Array | None = None
+    pass_rate_BR: Array | None = None

@@ -82,6 +82,16 @@ def test_every_response_token_is_predicted_right_after_its_own_prefix(step, pack
                 assert tokens_BT[b, at + 1] == token and segments_BT[b, at] == segment
 
 
+def test_a_trajectory_s_pass_rate_stands_at_its_own_tokens_and_nowhere_else(step):
+    trajectories, targets = step
+    rates = {f"p{at}": (1 + at) / 8 for at in range(5)}
+    batch, _ = batch_of(trajectories, targets, alone=False, pass_rates=rates)
+    for t, b, slots, *_ in found(batch, trajectories):
+        assert set(batch.pass_rate_BR[b, slots].tolist()) == {rates[t.problem_id]}
+    assert not batch.pass_rate_BR[batch.weight_BR == 0].any()
+    assert batch_of(trajectories, targets)[0].pass_rate_BR is None
+
+
 def test_equal_contexts_give_equal_arrays(step):
     trajectories, _ = step
     batch, _ = batch_of(trajectories, plain(trajectories))

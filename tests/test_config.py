@@ -221,6 +221,30 @@ def test_a_value_that_yaml_cannot_make_is_refused(text, tmp_path):
         config.load(tmp_path / "odd.yaml")
 
 
+ON_POLICY = ["recipe.rewrite.how=nobody", "recipe.loss.kind=policy_gradient"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "sampling.writer.temperature=0.8",
+            "0.8 draws from another distribution than is trained, and recipe.loss.kind",
+        ),
+        ("sampling.writer.top_p=0.9", "0.9 leaves out tokens that the student gives mass"),
+        ("sampling.writer.top_k=20", "20 leaves out tokens"),
+        ("sampling.lookahead=1", "1 has older weights write the text"),
+    ],
+)
+def test_what_would_bias_a_sampled_loss_is_refused(override, said):
+    served = ["student.serve=http://host:8000", "teacher.serve=http://host:8001"]  # as a look-ahead wants it
+    assert config.load(QUICKSTART, ON_POLICY).recipe.loss.kind == "policy_gradient"
+    config.load(QUICKSTART, ["recipe.rewrite.how=nobody", *served, override])
+    with pytest.raises(UserError) as caught:
+        config.load(QUICKSTART, [*ON_POLICY, *served, override])
+    assert f"{override.split('=')[0]}: {said}" in str(caught.value)
+
+
 def test_a_served_student_of_a_run_in_a_bucket_needs_a_place_that_its_servers_read():
     bucket = ["run.dir=gs://bucket/run", "student.serve=http://host:8000"]
     with pytest.raises(

@@ -17,6 +17,7 @@ DIVERGENCES = [
     LossConfig("forward_kl", stabiliser="rescale", clip=0.8),
     LossConfig("jsd", teacher_weight=0.3, chunk=2),
     LossConfig("mix", reverse_weight=0.2, stabiliser="per_entry", clip=0.1, chunk=2),
+    LossConfig("policy_gradient", chunk=2),
 ]
 
 
@@ -31,13 +32,14 @@ def problem(R=24, V=40, U=48, D=16, E=8):
     return h, W, jax.random.normal(k[2], (R, E)), jax.random.normal(k[3], (U, E)) / 2, weight / weight.sum()
 
 
-def step(loss, mesh, vocab_size):
+def step(loss, mesh, vocab_size, merged=()):
     """Jitted ((value, stats), (dh, dW)) of the six arrays of a call; loss None is cross-entropy."""
 
     def objective(h, W, ht, Wt, weight, label):
         if loss is None:
-            return fused_cross_entropy(h, W, label, weight, mesh=mesh, vocab_size=vocab_size, chunk=2)
-        return fused_divergence(h, W, ht, Wt, weight, loss=loss, mesh=mesh, vocab_size=vocab_size)
+            return fused_cross_entropy(h, W, label, weight, merged=merged, mesh=mesh, vocab_size=vocab_size, chunk=2)
+        how = {"label_R": label} if loss.kind == "policy_gradient" else {}
+        return fused_divergence(h, W, ht, Wt, weight, loss=loss, merged=merged, mesh=mesh, vocab_size=vocab_size, **how)
 
     return jax.jit(jax.value_and_grad(objective, (0, 1), has_aux=True))
 
@@ -65,6 +67,12 @@ def test_eight_devices_compute_what_one_does(shape):
 def test_every_loss_is_the_same_on_a_mesh_of_all_axes(loss):
     arrays = labelled(problem())
     assert_same(step(loss, mesh(2, 2, 2), 37)(*arrays), step(loss, None, 37)(*arrays))
+
+
+@pytest.mark.parametrize("loss", [DIVERGENCES[-1], None], ids=lambda loss: loss.kind if loss else "cross_entropy")
+def test_tokens_that_are_one_outcome_may_lie_on_different_devices(loss):
+    arrays = labelled(problem())
+    assert_same(step(loss, mesh(2, 2, 2), 37, (30, 3, 7))(*arrays), step(loss, None, 37, (30, 3, 7))(*arrays))
 
 
 def test_sizes_that_do_not_divide_the_mesh_are_padded():

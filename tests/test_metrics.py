@@ -30,8 +30,9 @@ def trajectory(length, verdict="written", dropped=False, original=None, ended="s
 
 
 def test_sums_over_tokens_become_means_and_empty_buckets_are_left_out():
-    row = device_row(out())
+    row = device_row(out(token_weight=6.0))
     assert (row["divergence"], row["student_entropy"], row["target_entropy"]) == (0.5, 2.0, 3.0)
+    assert row["token_weight"] == 0.6 and "token_weight" not in device_row(out())
     assert row["divergence_by_position"] == [
         {"from": 0, "tokens": 4, "mean": 1.0},
         {"from": 4, "tokens": 6, "mean": pytest.approx(1 / 6)},

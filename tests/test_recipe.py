@@ -98,6 +98,36 @@ REFUSED = [
         },
         "recipe.target.context: 'concise' is what a target reads",
     ),
+    (
+        {"rewrite": {"how": "compress"}, "loss": {"kind": "policy_gradient"}},
+        "recipe.loss.kind: 'policy_gradient' estimates the reverse KL from tokens drawn from the student, and "
+        "recipe.rewrite.how=compress replaces them",
+    ),
+    (
+        {"rewrite": {"keep": ("finished",)}, "loss": {"kind": "policy_gradient"}},
+        "recipe.loss.kind: 'policy_gradient' estimates the reverse KL from tokens drawn from the student, and "
+        "recipe.rewrite.keep=['finished'] chooses among them",
+    ),
+    (
+        {"write": {"by": "dataset"}, "loss": {"kind": "policy_gradient"}},
+        "recipe.loss.kind: 'policy_gradient' estimates the reverse KL from tokens drawn from the student, and "
+        "recipe.write.by=dataset has others write",
+    ),
+    (
+        {"target": {"top_k": 4}, "loss": {"kind": "policy_gradient"}},
+        "recipe.loss.kind: 'policy_gradient' estimates the reverse KL from tokens drawn from the student, and compares",
+    ),
+    (
+        {
+            "write": {"by": "teacher"},
+            "target": {"weights": "none"},
+            "loss": {"kind": "cross_entropy", "token_weight": "entropy_guided"},
+        },
+        "recipe.loss.token_weight: 'entropy_guided' lowers the tokens that the target is unsure of",
+    ),
+    ({"loss": {"token_weight": "entropy"}}, "recipe.loss.token_weight: 'entropy' is not known"),
+    ({"loss": {"token_weight": "absent:f"}}, "recipe.loss.token_weight: 'absent:f' cannot be imported"),
+    ({"target": {"top_k": 4}, "loss": {"merge_stops": True}}, "recipe.target.top_k: 4 tells of a stop token only"),
     ({"loss": {"clip": 0.1}}, "recipe.loss.clip: 0.1 has no effect without recipe.loss.stabiliser"),
     ({"loss": {"teacher_weight": 0.1}}, "recipe.loss.teacher_weight: 0.1 has no effect without recipe.loss.kind=jsd"),
     ({"loss": {"reverse_weight": 0.1}}, "recipe.loss.reverse_weight: 0.1 has no effect without recipe.loss.kind=mix"),
@@ -110,6 +140,11 @@ def test_what_makes_no_sense_is_refused_with_its_only_reason(parts, message):
         validate(recipe(**parts))
     assert len(str(refusal.value).splitlines()) == 1, "one mistake, one reason"
     assert ";" in str(refusal.value), "a remedy follows the reason"
+
+
+def test_an_estimate_of_a_divergence_wants_a_target_too():
+    found = refusals(recipe(target={"weights": "none"}, loss={"kind": "policy_gradient"}))
+    assert any(text.startswith("recipe.loss.kind: 'policy_gradient' measures the distance to a") for text in found)
 
 
 def test_every_reason_is_told_at_once():
@@ -128,6 +163,8 @@ ALLOWED = [
     {"loss": {"stabiliser": "rescale", "clip": 0.1}},
     {"loss": {"stabiliser": "per_entry", "clip": 0.1, "kind": "jsd", "teacher_weight": 0.1}},
     {"loss": {"kind": "mix", "reverse_weight": 0.1, "reduction": "sum"}},
+    {"loss": {"kind": "policy_gradient", "merge_stops": True, "token_weight": "entropy_guided"}},
+    {"loss": {"token_weight": "jax.numpy:ones_like"}},
     {"target": SELF},
     {"target": {**SELF, "context": "plain"}, "rewrite": {"how": "compress", "keep": ("finished", "shorter")}},
     {"write": {"by": "dataset"}, "rewrite": {"how": "compress", "by": "student", "fallback": "original"}},
@@ -161,9 +198,10 @@ def test_the_four_axes_are_independent_but_for_the_loss_and_its_target():
         )
         matched = (weights == "none") == (kind == "cross_entropy")
         own_words = weights == "none" and write == "student" and how == "nobody"
+        drawn = (write, how) == ("student", "nobody") or kind != "policy_gradient"
         asked = how in ("compress", "repair")
         read = (weights != "none" or context == "plain") and (context != "rewrite" or asked)
-        sensible = matched and not own_words and read and (asked or by == "teacher")
+        sensible = matched and drawn and not own_words and read and (asked or by == "teacher")
         assert (not refusals(made)) == sensible
 
 

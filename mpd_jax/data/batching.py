@@ -5,7 +5,7 @@ target's (its own prompt) alike; a trajectory has the same row in both, alone or
 Nothing is appended, cut or encoded here.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,11 +44,13 @@ def to_batch(
     multiple: int = 1,
     alone: bool = False,
     top_k: int = 0,
+    pass_rates: Mapping[str, float] | None = None,
 ) -> tuple[Batch, BatchReport]:
     """The trajectories that were not dropped, as arrays, and a report.
 
     target_prompt: the ids the target reads before a trajectory's response; None where there is no target.
     top_k: above 0 the target has read them elsewhere, and its say is in the trajectories.
+    pass_rates: problem id -> the share of its attempts that are right, where a token weight is told it.
     row_length, multiple, alone: as `pack` takes them; rows of max_length unless told. Rows that nothing fills have
     weight 0. Unpacked, rows are in the order of problem and attempt.
     """
@@ -82,6 +84,9 @@ def to_batch(
     batch = Batch(*student_arrays, *target_arrays, response_BR, index_BR, np.where(live_BR, weight, np.float32(0)))
     if top_k:
         batch = batch._replace(**_tops(packing.members, kept, slots, top_k))
+    if pass_rates is not None:
+        rates = [pass_rates[t.problem_id] for t in kept]
+        batch = batch._replace(pass_rate_BR=_spread(packing.members, responses, slots, rates))
     return batch, BatchReport(len(kept), int(live_BR.sum()), len(live) - len(kept))
 
 
@@ -151,6 +156,16 @@ def _slots(
         index_BR[row, slot] = np.arange(len(responses[at]))
         live_BR[row, slot] = True
     return response_BR, index_BR, live_BR
+
+
+def _spread(
+    members: Members, responses: Sequence[Sequence[int]], slots: tuple[int, int], values: Sequence[float]
+) -> np.ndarray:
+    """A number of each trajectory at its response tokens, (B, R)."""
+    value_BR = np.zeros(slots, np.float32)
+    for at, row, _, slot in _placed(members, list(map(len, responses))):
+        value_BR[row, slot] = values[at]
+    return value_BR
 
 
 def _tops(members: Members, kept: Sequence[Trajectory], slots: tuple[int, int], k: int) -> dict[str, np.ndarray]:

@@ -45,11 +45,11 @@ def plot_run(
     _evaluations(tokens, curve, levels, "mean_tokens")
     _evaluations(accuracy, curve, levels, "accuracy")
 
-    _dress(tokens, "Tokens per response")
+    dress(tokens, "Tokens per response")
     tokens.set_ylim(bottom=0)
     if tokens.get_legend_handles_labels()[1]:
         tokens.legend(facecolor="white", edgecolor="none", framealpha=0.9, fontsize=9, labelcolor=INK)
-    _dress(accuracy, "Accuracy on held-out problems" + (f"  ({_conditions(curve[-1][1])})" if curve else ""))
+    dress(accuracy, "Accuracy on held-out problems" + (f"  ({_conditions(curve[-1][1])})" if curve else ""))
     # Never a narrower window: it would turn sampling noise into hills.
     low, high = accuracy.get_ylim()
     low, high = min(low, (low + high) / 2 - 0.15), max(high, (low + high) / 2 + 0.15)
@@ -100,7 +100,8 @@ def _evaluations(axes: Axes, curve: Sequence[tuple[int, EvalRow]], levels: Seque
         axes.axhline(getattr(row, of), color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label=row.name)
 
 
-def _dress(axes: Axes, title: str) -> None:
+def dress(axes: Axes, title: str) -> None:
+    """How panels look: a title, faint lines, no frame."""
     axes.set_title(title, loc="left", color=INK, fontsize=10)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)

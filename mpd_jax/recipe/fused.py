@@ -29,6 +29,7 @@ class Spec:
     """What is static about one call. loss None is cross-entropy; vocab_size None means that no column is padding.
 
     top: the target is known by its most likely ids, not by hidden states and a head.
+    merged: ids that are one outcome.
     """
 
     loss: "LossConfig | None"
@@ -36,6 +37,7 @@ class Spec:
     vocab_size: int | None
     chunk: int
     top: bool = False
+    merged: tuple[int, ...] = ()
 
     def axis_size(self, name: str) -> int:
         return self.mesh.shape.get(name, 1) if self.mesh is not None else 1
@@ -58,9 +60,13 @@ class Spec:
         return P(self.vocab_axis, "fsdp" if shards > 1 and width % shards == 0 else None)
 
     @property
+    def labelled(self) -> bool:
+        return self.loss is None or self.loss.kind == "policy_gradient"
+
+    @property
     def by_row(self) -> int:
         """How many of the arrays that stand for the target have a row for each of the student's, the first ones."""
-        return 2 if self.top else 1
+        return 2 if self.top or (self.loss is not None and self.labelled) else 1
 
     def placement(self, h_RD, other) -> tuple:
         """How the arguments of `fused_loss` lie on the mesh."""
@@ -85,9 +91,9 @@ def _backward(spec, gradients, cotangents):
     return dh_RD, dW_VD, None, None
 
 
-# (spec, h_RD, W_VD, other, weight_R) -> weighted sum, per-row stats. `other` is (h_target_RE, W_target_VE), or
-# (top_ids_RK, top_logprobs_RK), or (label_R,) for cross-entropy. R divides over the mesh's rows, V over tensor.
-# Differentiable in h_RD and W_VD alone.
+# (spec, h_RD, W_VD, other, weight_R) -> weighted sum, per-row stats. `other` is (h_target_RE, W_target_VE), or for a
+# policy gradient (h_target_RE, label_R, W_target_VE), or (top_ids_RK, top_logprobs_RK), or (label_R,) for
+# cross-entropy. R divides over the mesh's rows, V over tensor. Differentiable in h_RD and W_VD alone.
 fused_loss = jax.custom_vjp(_plain, nondiff_argnums=(0,))
 fused_loss.defvjp(_forward, _backward)
 
@@ -111,7 +117,7 @@ def _local(spec: Spec, with_gradient: bool, h_RD, W_VD, other, weight_R):
     W_dtype = W_VD.dtype
     W_VD = _whole_width(spec, W_VD, D, h_RD.dtype)
     if len(other) > spec.by_row:
-        K_VE = _whole_width(spec, other[1], other[0].shape[1], other[0].dtype)
+        K_VE = _whole_width(spec, other[-1], other[0].shape[1], other[0].dtype)
     column_V = jnp.arange(V, dtype=jnp.int32)
     if spec.vocab_axis:
         column_V = column_V + V * lax.axis_index(spec.vocab_axis)
@@ -121,16 +127,18 @@ def _local(spec: Spec, with_gradient: bool, h_RD, W_VD, other, weight_R):
         used = weight_c != 0
         h_cD = _unpack(jnp.where(used[:, None], h_cD, 0), h_RD)
         s_cV = _logits(spec, h_cD, W_VD, column_V)
-        if spec.loss is None:
-            loss_c, stats, slope_cV = _cross_entropy(spec, s_cV, rows_c[0], column_V)
-        elif spec.top:
+        if spec.top:
+            assert spec.loss is not None
             ids_cK, logprobs_cK = rows_c
             logprobs_cK = jnp.where(used[:, None], logprobs_cK, 0)
             loss_c, stats, slope_cV = bucket_divergence(spec, spec.loss, s_cV, ids_cK, logprobs_cK, column_V)
         else:
-            k_cE = _unpack(jnp.where(used[:, None], rows_c[0], 0), other[0])
-            t_cV = _logits(spec, k_cE, K_VE, column_V)
-            loss_c, stats, slope_cV = _divergence(spec, spec.loss, s_cV, t_cV)
+            t_cV = None
+            if spec.loss is not None:
+                k_cE = _unpack(jnp.where(used[:, None], rows_c[0], 0), other[0])
+                t_cV = _logits(spec, k_cE, K_VE, column_V)
+            label_c = jnp.where(used, rows_c[-1], 0) if spec.labelled else None
+            loss_c, stats, slope_cV = _of_outcomes(spec, s_cV, t_cV, label_c, column_V)
         stats = {name: jnp.where(used, x, 0.0) for name, x in stats.items()}
         out = (jnp.where(used, weight_c * loss_c, 0.0), stats)
         if not with_gradient:
@@ -228,6 +236,60 @@ def _row_maxima(spec: Spec, *entries_cV):
     return tuple(lax.pmax(maxima, spec.vocab_axis) if spec.vocab_axis else maxima)
 
 
+def _of_outcomes(spec: Spec, s_cV, t_cV, label_c, column_V):
+    """Loss, stats and slope with respect to the student's logits. Outcomes are the tokens, `merged` ones being one,
+    whose logit is their logsumexp; each of them takes its share of the outcome's slope."""
+    at_M, share_cM = jnp.array(spec.merged, jnp.int32), None
+    if spec.merged:
+        if label_c is not None:
+            label_c = jnp.where(jnp.isin(label_c, at_M), spec.merged[0], label_c)
+        at_M = _here(at_M, column_V)
+        s_cV, share_cM = _merge(spec, s_cV, at_M)
+        t_cV = None if t_cV is None else _merge(spec, t_cV, at_M)[0]
+    if spec.loss is None:
+        loss_c, stats, slope_cV = _cross_entropy(spec, s_cV, label_c, column_V)
+    elif label_c is None:
+        loss_c, stats, slope_cV = _divergence(spec, spec.loss, s_cV, t_cV)
+    else:
+        loss_c, stats, slope_cV = _policy_gradient(spec, spec.loss, s_cV, t_cV, label_c, column_V)
+    if share_cM is not None:
+        slope_cV = slope_cV.at[:, at_M].set(_values(spec, slope_cV, at_M[:1]) * share_cM, mode="drop")
+    return loss_c, stats, slope_cV
+
+
+def _merge(spec: Spec, x_cV, at_M) -> tuple[jax.Array, jax.Array]:
+    """The logits with these columns as one outcome, in the first of them, and each one's share of it."""
+    x_cM = _values(spec, x_cV, at_M)
+    whole_c1 = jax.nn.logsumexp(x_cM, axis=1, keepdims=True)
+    one_cM = jnp.full_like(x_cM, ABSENT).at[:, :1].set(whole_c1)
+    return x_cV.at[:, at_M].set(one_cM, mode="drop"), jnp.exp(x_cM - whole_c1)
+
+
+def _here(ids, column_V):
+    """The columns of these ids in this device's slice of the vocabulary; its length where they are elsewhere."""
+    at = ids - column_V[0]
+    return jnp.where((at >= 0) & (at < column_V.shape[0]), at, column_V.shape[0])
+
+
+def _values(spec: Spec, x_cV, at):
+    """x at these columns of each row, [K] or [c, K], whichever device has them; 0 where none has."""
+    at_cK = jnp.broadcast_to(at, (x_cV.shape[0], at.shape[-1]))
+    x_cK = jnp.where(at_cK < x_cV.shape[1], jnp.take_along_axis(x_cV, at_cK, axis=1, mode="clip"), 0.0)
+    return lax.psum(x_cK, spec.vocab_axis) if spec.vocab_axis else x_cK
+
+
+def _policy_gradient(spec: Spec, loss: "LossConfig", s_cV, t_cV, label_c, column_V):
+    """-A log q(label) with the advantage A = (log p - log q)(label) + KL(q||p) held fixed; the stats are reverse_kl's.
+
+    Its slope A (q - one_label) is that of KL(q||p) in expectation over labels drawn from q. The KL is the mean of
+    -(log p - log q) under q, so that it is the baseline that leaves A no mean, in closed form (vOPD, 2605.07865).
+    """
+    kl_c, stats, _ = _divergence(spec, replace(loss, kind="reverse_kl"), s_cV, t_cV)
+    own_c, _, slope_cV = _cross_entropy(spec, s_cV, label_c, column_V)
+    advantage_c = own_c - _cross_entropy(spec, t_cV, label_c, column_V)[0] + kl_c
+    return advantage_c * own_c, stats, advantage_c[:, None] * slope_cV
+
+
 def _cross_entropy(spec: Spec, s_cV, label_c, column_V):
     """Loss, stats and slope with respect to the logits; a label outside the vocabulary makes its row NaN."""
     (top_c,) = _row_maxima(spec, s_cV)
@@ -280,11 +342,8 @@ def bucket_divergence(spec: Spec, loss: "LossConfig", s_cV, ids_cK, logprobs_cK,
     """
     vocab = spec.vocab_size or column_V.shape[0] * spec.axis_size("tensor")
     known_cK = (ids_cK >= 0) & (ids_cK < vocab)
-    at_cK = ids_cK - column_V[0]
-    here_cK = known_cK & (at_cK >= 0) & (at_cK < column_V.shape[0])
-    at_cK = jnp.where(here_cK, at_cK, column_V.shape[0])
-    s_cK = jnp.where(here_cK, jnp.take_along_axis(s_cV, at_cK, axis=1, mode="clip"), 0.0)
-    s_cK = jnp.where(known_cK, lax.psum(s_cK, spec.vocab_axis) if spec.vocab_axis else s_cK, ABSENT)
+    at_cK = _here(jnp.where(known_cK, ids_cK, -1), column_V)
+    s_cK = jnp.where(known_cK, _values(spec, s_cV, at_cK), ABSENT)
     rest_cV = _put(s_cV, at_cK, jnp.full_like(s_cK, ABSENT))
     (top_c,) = _row_maxima(spec, rest_cV)
     z_cV = rest_cV - top_c[:, None]

@@ -11,6 +11,7 @@ from mpd_jax.recipe.keep import rule
 from mpd_jax.recipe.loss import LossConfig
 from mpd_jax.recipe.rewrite import RewriteConfig
 from mpd_jax.recipe.target import TargetConfig
+from mpd_jax.recipe.weights import token_weight
 from mpd_jax.recipe.write import WriteConfig
 from mpd_jax.types import UserError
 
@@ -41,6 +42,7 @@ def validate(recipe: Recipe) -> None:
     for name in recipe.rewrite.keep:
         rule(name)
     check_contexts(recipe.contexts)
+    token_weight(recipe.loss.token_weight)
 
 
 def _reasons(recipe: Recipe) -> list[tuple[bool, str]]:
@@ -50,6 +52,7 @@ def _reasons(recipe: Recipe) -> list[tuple[bool, str]]:
         *_rewrite_reasons(recipe.rewrite),
         *_target_reasons(recipe),
         *_loss_reasons(recipe.loss),
+        *_sampled_reasons(recipe),
     ]
 
 
@@ -162,6 +165,11 @@ def _target_reasons(recipe: Recipe) -> list[tuple[bool, str]]:
             "none; set weights to teacher, self_frozen or self_refreshed, or use kind=cross_entropy",
         ),
         (
+            none and recipe.loss.token_weight == "entropy_guided",
+            "recipe.loss.token_weight: 'entropy_guided' lowers the tokens that the target is unsure of, and "
+            "recipe.target.weights=none has no entropy; set token_weight=none, or name a target",
+        ),
+        (
             target.every is not None and not refreshed,
             f"recipe.target.every: {target.every} renews a self copy, and recipe.target.weights={target.weights} has "
             "none to renew; remove it, or set weights=self_refreshed",
@@ -205,6 +213,11 @@ def _target_reasons(recipe: Recipe) -> list[tuple[bool, str]]:
             f"recipe.target.top_k: {target.top_k} makes one bucket of all other tokens, and "
             "recipe.loss.stabiliser=per_entry clips single tokens; use rescale or none, or top_k=0",
         ),
+        (
+            target.top_k > 0 and recipe.loss.merge_stops,
+            f"recipe.target.top_k: {target.top_k} tells of a stop token only where it is among the k most likely, and "
+            "recipe.loss.merge_stops adds all of them up; set merge_stops=false, or top_k=0",
+        ),
     ]
 
 
@@ -224,3 +237,32 @@ def _loss_reasons(loss: LossConfig) -> list[tuple[bool, str]]:
             )
         )
     return reasons
+
+
+def _sampled_reasons(recipe: Recipe) -> list[tuple[bool, str]]:
+    """policy_gradient is unbiased only over tokens that the student has just drawn."""
+    sampled = recipe.loss.kind == "policy_gradient"
+    says = "recipe.loss.kind: 'policy_gradient' estimates the reverse KL from tokens drawn from the student, and "
+    remedy = "or use kind=reverse_kl, which is exact on any text"
+    return [
+        (
+            sampled and recipe.rewrite.how != "nobody",
+            f"{says}recipe.rewrite.how={recipe.rewrite.how} replaces them, so that it would be biased; set "
+            f"how=nobody, {remedy}",
+        ),
+        (
+            sampled and bool(recipe.rewrite.keep),
+            f"{says}recipe.rewrite.keep={list(recipe.rewrite.keep)} chooses among them by what follows, so that it "
+            f"would be biased; leave it empty, {remedy}",
+        ),
+        (
+            sampled and recipe.write.by != "student",
+            f"{says}recipe.write.by={recipe.write.by} has others write, so that it would be biased; set by=student, "
+            f"{remedy}",
+        ),
+        (
+            sampled and recipe.target.top_k > 0,
+            f"{says}compares them with the target's, of which recipe.target.top_k={recipe.target.top_k} does not tell "
+            "where they are not among its k most likely; set top_k=0, or use kind=reverse_kl",
+        ),
+    ]

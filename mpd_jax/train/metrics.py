@@ -148,7 +148,8 @@ def device_row(out: Out) -> Row:
     tokens = float(host["tokens"])
     row: Row = {"loss": _number(host["loss"]), "grad_norm": _number(host["grad_norm"]), "finite": bool(host["finite"])}
     row["tokens"] = int(tokens)
-    for name in ("divergence", "student_entropy", "target_entropy", "tail_mass", "student_tail_mass"):
+    means = ("divergence", "student_entropy", "target_entropy", "tail_mass", "student_tail_mass", "token_weight")
+    for name in means:
         if name in host:
             row[name] = _number(host[name] / tokens) if tokens else None
     starts = (0, *POSITION_EDGES)

@@ -1,10 +1,11 @@
 """One optimiser update, jitted once per batch shape: hidden states of both models, the loss, AdamW.
 
 The batch's weights are already divided by the global token count, so micro-batches add up to the whole batch's loss and
-gradient. A non-finite loss or gradient leaves the state as it was and lowers the `finite` flag.
+gradient. A token weight reads the whole batch, and so a pass without gradients goes before: it tells each token's
+statistics. A non-finite loss or gradient leaves the state as it was and lowers the `finite` flag.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,6 +19,7 @@ from mpd_jax.models.decoder import Model
 from mpd_jax.models.kernels import takes_segments
 from mpd_jax.models.lora import Adapted
 from mpd_jax.recipe.loss import LossConfig, fused_bucket_divergence, fused_cross_entropy, fused_divergence
+from mpd_jax.recipe.weights import TokenStats, TokenWeight, token_weight
 from mpd_jax.sharding import batch_sharding
 from mpd_jax.train.state import PyTree, Trained, trained_shardings
 from mpd_jax.types import Batch, UserError
@@ -51,8 +53,8 @@ class Update:
 
     out: "loss" (what was minimised), "grad_norm", "finite", "tokens", sums over the tokens that count of "divergence",
     "student_entropy", "target_entropy", with a target on servers "tail_mass" (what it gives to other tokens than its
-    top_k) and "student_tail_mass" (what the student gives them), and by position bucket "divergence_at", "tokens_at".
-    `traces` counts compilations: one per batch shape.
+    top_k) and "student_tail_mass" (what the student gives them), "token_weight" where one is set, and by position
+    bucket "divergence_at", "tokens_at". `traces` counts compilations: one per batch shape.
     """
 
     def __init__(
@@ -123,10 +125,14 @@ def make_update(
     *,
     vocab_size: int,
     micro_batches: int = 1,
+    stop_ids: Sequence[int] = (),
 ) -> Update:
     """The update of a recipe. target: what is read on the mesh, None where the batch holds what servers read, or
-    nobody reads and the response tokens themselves are trained on."""
+    nobody reads and the response tokens themselves are trained on. stop_ids: those that loss.merge_stops merges."""
     student, target = student.on(mesh), target.on(mesh) if target else None
+    weigh = token_weight(loss.token_weight)
+    merged = tuple(stop_ids) if loss.merge_stops else ()
+    how: dict[str, Any] = {"mesh": mesh, "vocab_size": vocab_size}
     shardings = trained_shardings(student, tx, mesh) if mesh is not None else None
 
     def objective(trained: PyTree, base: PyTree, target_rows: tuple[jax.Array, jax.Array] | None, batch: TracedBatch):
@@ -134,27 +140,33 @@ def make_update(
         hidden_BTD = student.hidden(weights, batch.student_tokens_BT, segments_BT=batch.student_segments_BT)
         rows_RD = response_rows(hidden_BTD, batch.student_at_BR)
         head_VD, weight_R = student.head(weights), batch.weight_BR.reshape(-1)
+        label_R = batch.response_BR.reshape(-1)
         if loss.kind == "cross_entropy":
-            labels_R = batch.response_BR.reshape(-1)
-            return fused_cross_entropy(
-                rows_RD, head_VD, labels_R, weight_R, mesh=mesh, vocab_size=vocab_size, chunk=loss.chunk
-            )
+            return fused_cross_entropy(rows_RD, head_VD, label_R, weight_R, merged=merged, chunk=loss.chunk, **how)
         if target_rows is not None:
+            drawn = label_R if loss.kind == "policy_gradient" else None
             return fused_divergence(
-                rows_RD, head_VD, *target_rows, weight_R, loss=loss, mesh=mesh, vocab_size=vocab_size
+                rows_RD, head_VD, *target_rows, weight_R, loss=loss, label_R=drawn, merged=merged, **how
             )
         ids_RK, logprobs_RK = (x.reshape(-1, x.shape[-1]) for x in (batch.top_ids_BRK, batch.top_logprobs_BRK))
-        return fused_bucket_divergence(
-            rows_RD, head_VD, ids_RK, logprobs_RK, weight_R, loss=loss, mesh=mesh, vocab_size=vocab_size
-        )
+        return fused_bucket_divergence(rows_RD, head_VD, ids_RK, logprobs_RK, weight_R, loss=loss, **how)
+
+    def read(target_weights: PyTree, batch: TracedBatch) -> tuple[jax.Array, jax.Array] | None:
+        if target is None:
+            return None
+        hidden_BTE = target.hidden(target_weights, batch.target_tokens_BT, segments_BT=batch.target_segments_BT)
+        rows_RE = response_rows(hidden_BTE, batch.target_at_BR)
+        return jax.lax.stop_gradient((rows_RE, target.head(target_weights)))
+
+    def statistics(trained: PyTree, base: PyTree, target_weights: PyTree, batch: TracedBatch) -> Out:
+        """Of each token of one micro-batch, [B, R], without a gradient."""
+        with student.precision():
+            _, stats = objective(trained, base, read(target_weights, batch), batch)
+        return {name: x.reshape(batch.weight_BR.shape) for name, x in stats.items()}
 
     def piece(trained: PyTree, base: PyTree, target_weights: PyTree, batch: TracedBatch) -> tuple[PyTree, Out]:
         """Gradient and sums of one micro-batch. The target is read outside the differentiated function."""
-        target_rows = None
-        if target is not None:
-            hidden_BTE = target.hidden(target_weights, batch.target_tokens_BT, segments_BT=batch.target_segments_BT)
-            rows_RE = response_rows(hidden_BTE, batch.target_at_BR)
-            target_rows = jax.lax.stop_gradient((rows_RE, target.head(target_weights)))
+        target_rows = read(target_weights, batch)
         with student.precision():
             (value, stats), gradient = jax.value_and_grad(objective, has_aux=True)(trained, base, target_rows, batch)
         if shardings is not None:
@@ -164,6 +176,12 @@ def make_update(
     def body(
         trained: Trained, target_weights: PyTree, batch: TracedBatch, base: PyTree, scale: jax.Array
     ) -> tuple[Trained, Out]:
+        told: Out = {}
+        if weigh is not None:
+            stats = of_every_row(
+                lambda part: statistics(trained.weights, base, target_weights, part), batch, micro_batches, mesh
+            )
+            batch, told = weighted(weigh, stats, batch)
         gradient, out = accumulate(
             lambda part: piece(trained.weights, base, target_weights, part), batch, micro_batches, mesh
         )
@@ -173,10 +191,28 @@ def make_update(
         scaled = jax.tree.map(lambda x: x * scale, updates)
         moved = Trained(optax.apply_updates(trained.weights, scaled), opt_state)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, trained)
-        return kept, {**out, "grad_norm": norm, "finite": finite}
+        return kept, {**out, **told, "grad_norm": norm, "finite": finite}
 
     alone = not all(takes_segments(model.attention) for model in (student, target) if model)
     return Update(body, mesh, micro_batches, shardings, alone)
+
+
+def weighted(weigh: TokenWeight, stats: Out, batch: TracedBatch) -> tuple[TracedBatch, Out]:
+    """The batch with every token's weight multiplied by its token weight, and the sums of the tokens as they were: one
+    that a token weight of 0 leaves out of the loss is reported all the same."""
+    counts_BR = batch.weight_BR > 0
+    nothing_BR = jnp.zeros_like(batch.weight_BR)
+    rate_BR = nothing_BR if batch.pass_rate_BR is None else batch.pass_rate_BR
+    entropies = stats["student_entropy"], stats.get("target_entropy", nothing_BR)
+    factor_BR = weigh(TokenStats(stats["loss"], *entropies, counts_BR, batch.index_BR, rate_BR))
+    if jnp.shape(factor_BR) != counts_BR.shape:
+        raise UserError(
+            f"recipe.loss.token_weight: {weigh} gave an array of shape {jnp.shape(factor_BR)}; return a weight for "
+            f"each token, of the shape {counts_BR.shape} that every field of TokenStats has"
+        )
+    factor_BR = jnp.where(counts_BR, jax.lax.stop_gradient(factor_BR), 0.0)
+    sums = token_sums({name: x.reshape(-1) for name, x in stats.items()}, batch)
+    return batch._replace(weight_BR=batch.weight_BR * factor_BR), {**sums, "token_weight": factor_BR.sum()}
 
 
 def token_sums(stats: dict[str, jax.Array], batch: TracedBatch) -> Out:
@@ -190,6 +226,28 @@ def token_sums(stats: dict[str, jax.Array], batch: TracedBatch) -> Out:
     return sums
 
 
+def split(batch: TracedBatch, pieces: int, mesh: Mesh | None) -> TracedBatch:
+    """The micro-batches, stacked. Each has every pieces-th row: a device keeps its own rows, and each micro-batch is
+    spread over all devices."""
+
+    def parted(x: jax.Array) -> jax.Array:
+        parts = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+        if mesh is None:
+            return parts
+        rows = batch_sharding(mesh).spec[0]
+        return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, rows)))
+
+    return jax.tree.map(parted, batch)
+
+
+def of_every_row(piece: Callable[[TracedBatch], Out], batch: TracedBatch, pieces: int, mesh: Mesh | None) -> Out:
+    """What `piece` says of each row of its micro-batch, the rows in the batch's order, one micro-batch at a time."""
+    if pieces == 1:
+        return piece(batch)
+    parts = jax.lax.map(piece, split(batch, pieces, mesh))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
+
+
 def accumulate(
     piece: Callable[[TracedBatch], tuple[PyTree, Out]], batch: TracedBatch, pieces: int, mesh: Mesh | None
 ) -> tuple[PyTree, Out]:
@@ -201,16 +259,7 @@ def accumulate(
 
     if pieces == 1:
         return single(batch)
-
-    def split(x: jax.Array) -> jax.Array:
-        # Every pieces-th row: a device keeps its own rows, and each micro-batch is spread over all devices.
-        parts = x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
-        if mesh is None:
-            return parts
-        rows = batch_sharding(mesh).spec[0]
-        return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec(None, rows)))
-
-    parts = jax.tree.map(split, batch)
+    parts = split(batch, pieces, mesh)
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(single, jax.tree.map(lambda x: x[0], parts))
     )
