@@ -1,5 +1,6 @@
 """Guards: when a run leaves a band, and that what follows is the same whenever the run is killed."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -284,23 +285,37 @@ def test_a_run_killed_at_any_moment_of_a_rollback_ends_with_the_same_bits(dense,
     assert kill or (written and all(rollbacks == 1 for _, rollbacks, _ in written))
 
 
+def test_a_rollback_that_removes_no_checkpoint_is_remembered_too(straight, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        armed = then(Records.forget_after, lambda: patch.setattr(Records, "save", then(Records.save, dies)))
+        patch.setattr(Records, "forget_after", armed)
+        run(tmp_path, collapse, GUARDS)
+    state, _, written = run(tmp_path, collapse, GUARDS)
+    jax.tree.map(np.testing.assert_array_equal, state, straight[0])
+    assert [step for step, rollbacks, _ in written if rollbacks == 0] == []
+
+
 @pytest.mark.parametrize("at", [5, 6, 7, 8, 9])
-def test_a_run_asked_to_stop_around_an_excursion_ends_with_the_same_bits(straight, tmp_path, monkeypatch, at):
+def test_a_run_asked_to_stop_twice_around_an_excursion_ends_with_the_same_bits(straight, tmp_path, monkeypatch, at):
     """It saves where no checkpoint is due, and crowds none out that a rollback goes to."""
-    looks = []
+    for last in (at, 2):
+        looks = itertools.count(1)
 
-    def check():
-        looks.append(1)
-        if len(looks) == at:
-            raise hosts.Stopped
+        def check(looks=looks, last=last):
+            if next(looks) == last:
+                raise hosts.Stopped
 
-    with monkeypatch.context() as patch:
-        patch.setattr(hosts, "check", check)
-        with pytest.raises(hosts.Stopped):
+        with monkeypatch.context() as patch, pytest.raises(hosts.Stopped):
+            patch.setattr(hosts, "check", check)
             run(tmp_path, collapse, GUARDS)
     state, _, _ = run(tmp_path, collapse, GUARDS)
     jax.tree.map(np.testing.assert_array_equal, state, straight[0])
     assert rows_without_times(tmp_path) == straight[1]
+
+
+def test_good_checkpoints_are_not_crowded_out_while_patience_lasts(tmp_path):
+    _, said, _ = run(tmp_path, collapse, replace(GUARDS, patience=3), steps=10, save_every=1)
+    assert said[0].endswith("since step 5: rollback 1 to step 4, from where on the learning rate is multiplied by 0.5")
 
 
 def test_a_run_without_a_checkpoint_from_before_goes_back_to_its_start(tmp_path):
