@@ -1,6 +1,8 @@
 """Claims about rewriting: every verdict fires where it should and nowhere else, and no trajectory is lost."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +68,16 @@ def test_a_rule_of_one_s_own_is_named_by_its_import_path(chat):
         keep.KEPT,
         "not_brief",
     ]
+
+
+def test_the_rule_in_the_readme_turns_doubts_down(chat, tmp_path, monkeypatch):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "(case)" in b]
+    (tmp_path / "my_rules.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    rules = ("finished", "my_rules:without_doubts")
+    texts = (GOOD, GOOD.replace("7+8", "Wait, 7+8"))
+    assert [rewritten(chat, text, keep=rules).verdict for text in texts] == [keep.KEPT, "not_without_doubts"]
 
 
 def test_a_repair_reads_its_own_context(chat):
