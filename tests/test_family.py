@@ -203,7 +203,7 @@ def test_every_method_trains_in_the_tiny_world(path, tmp_path, shared_programs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", ARRAY, ids=" - ".join)
-def test_pairs_of_answers_train_two_steps(cell, tmp_path, monkeypatch):
+def test_pairs_of_answers_train_two_steps(cell, tmp_path, monkeypatch, shared_programs):
     monkeypatch.setattr(samplers, "make_sampler", scripted)
     monkeypatch.setattr(build, "read_problems", lambda *_: problems())
     monkeypatch.setattr(build, "refuse_overlap", lambda *_: None)

@@ -50,6 +50,8 @@ def test_the_rewriter_may_think_or_not_as_it_likes_and_the_teacher_may_not():
     assert not roles.rewriter.chat.thinks and roles.teacher.chat.thinks
     with pytest.raises(UserError, match=r"teacher.path: its chat template renders the plain prompt"):
         open_roles(config.load(QUICKSTART, ["teacher.thinking=false"]))
+    roles = open_roles(config.load(QUICKSTART, ["teacher.thinking=false", "recipe.target.own_template=true"]))
+    assert roles.teacher is not None and not roles.teacher.chat.thinks and roles.student.chat.thinks
 
 
 def test_only_models_that_the_recipe_needs_are_opened(tmp_path):
