@@ -103,7 +103,7 @@ def test_swept_texts_that_begin_alike_have_directories_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["recipe.target.every", "recipe.target.every=3", "a.b=[]", "=[1]", "a.b=[1, 1]", "a=["]
+    "text", ["recipe.target.every", "recipe.target.every=3", "a.b=[]", "=[1]", "a.b=[1, 1]", 'a.b=[1, "1"]', "a=["]
 )
 def test_a_sweep_is_a_key_and_a_list_of_different_values(text):
     with pytest.raises(UserError, match=r"--sweep: "):
@@ -138,18 +138,40 @@ def test_the_table_of_finished_arms(tmp_path):
         make(arm)
     lines = comparison.lines(arms, [read_result(arm) for arm in arms[:3]], arms[3:])
     first = [line for line in lines if line.temperature == 1.0]
-    names = ["vanilla", "prompt-only concise", "vanilla, cut at 50 tokens", "mpd", "crisp"]
+    names = ["vanilla", "prompt-only concise", "vanilla, cut to 50 tokens", "mpd", "crisp"]
     assert [line.method for line in first] == names and [line.seeds for line in first] == [2, 2, 2, 2, 1]
     assert [line.failed for line in first] == [0, 0, 0, 0, 1]
-    assert [line.method for line in lines if line.temperature == 0.6][2] == "vanilla, cut at 40 tokens"
+    assert [line.method for line in lines if line.temperature == 0.6][2] == "vanilla, cut to 40 tokens"
     figures = {line.method: line.figures for line in first}
-    mpd, cut = figures["mpd"], figures["vanilla, cut at 50 tokens"]
+    mpd, cut = figures["mpd"], figures["vanilla, cut to 50 tokens"]
     assert (mpd.accuracy.mean, mpd.difference.mean, mpd.tokens.mean, mpd.reduction.mean) == (0.75, 0.25, 50, 0.5)
     assert (cut.accuracy.mean, cut.difference.mean, cut.tokens.mean) == (0, -0.5, 50)
     assert figures["vanilla"].difference.mean == 0 and figures["prompt-only concise"].tokens.mean == 60
     spent = first[3].spent
     assert (spent.student_entropy, spent.seconds) == (pytest.approx(1.85), pytest.approx(40.0))
     assert (spent.writer_tokens, spent.rewriter_tokens, spent.trainer_tokens) == (2000, 700, 360)
+
+
+def test_wordings_that_begin_alike_are_all_in_the_report(tmp_path):
+    wordings = [f"{'{question}'} Be {'very ' * 12}{end}." for end in ("brief", "short")]
+    arms = plan(CONFIGS[:1], WITH, [f"recipe.contexts.concise={json.dumps(wordings)}"], 1, tmp_path)
+    report = compare._Report(tmp_path, arms)
+    for arm in arms:
+        make(arm)
+        report.add(arm)
+    first = [line for line in report.lines() if line.temperature == 1.0]
+    assert len(report.of_all()) == 2 and len({line.method for line in first}) == 6
+    assert [line.kind for line in first] == ["vanilla", "concise", "concise", "cut", "trained", "trained"]
+
+
+def test_where_no_method_is_shorter_than_the_student_was_nothing_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setitem(TRAINED, "mpd", {1.0: (3, 100), 0.6: (3, 119)})
+    arms = arms_of(tmp_path, seeds=1)[:1]
+    make(arms[0])
+    lines = comparison.lines(arms, [read_result(arms[0])])
+    assert [(line.temperature, line.method) for line in lines if line.kind == "cut"] == [
+        (0.6, "vanilla, cut to 119 tokens")
+    ]
 
 
 def test_a_method_of_which_no_run_is_over_has_an_empty_row(tmp_path):

@@ -27,7 +27,7 @@ from mpd_jax.run import BASE, CONCISE, TRAINED, is_evaluated, samples_path
 from mpd_jax.train.metrics import read_rows
 from mpd_jax.types import UserError
 
-LABEL = 40  # characters of a swept value that a table shows
+LABEL = 40  # characters of a swept value that a table or a directory's name shows
 Values = tuple[tuple[str, Any], ...]  # swept keys and what they are in an arm
 
 
@@ -53,6 +53,11 @@ class Arm:
         return ", ".join([self.method, *(f"{key.split('.')[-1]}={shown(value)}" for key, value in self.values)])
 
     @property
+    def row(self) -> tuple[str, str]:
+        """What it has in common with the other seeds of its row, and with nothing else."""
+        return self.method, repr(self.values)
+
+    @property
     def name(self) -> str:
         return f"{self.label}, seed {self.seed}"
 
@@ -62,9 +67,15 @@ class Arm:
 
 
 def shown(value: Any) -> str:
-    """A swept value on one line, shortened."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= LABEL else f"{text[: LABEL - 1]}…"
+    """A swept value on one line, shortened; values that lose by it are told apart by a hash."""
+    text = str(value)
+    line = " ".join(text.split())
+    short = line if len(line) <= LABEL else f"{line[: LABEL - 8]}…"
+    return short if short == text else f"{short} {_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
 
 
 def read_sweep(text: str) -> tuple[str, tuple[Any, ...]]:
@@ -76,7 +87,7 @@ def read_sweep(text: str) -> tuple[str, tuple[Any, ...]]:
         values = None
     if not equals or not key.strip() or not isinstance(values, list) or not values:
         raise UserError(f"--sweep: {text!r} is not allowed; write KEY=[v1,v2], such as recipe.target.every=[1,10]")
-    if len({repr(value) for value in values}) < len(values):
+    if len({str(value) for value in values}) < len(values):
         raise UserError(f"--sweep: {text!r} names a value twice; name each once")
     return key.strip(), tuple(values)
 
@@ -121,8 +132,8 @@ def _yaml(value: Any) -> str:
 
 def _slug(text: str) -> str:
     """The text as part of a directory's name: texts that lose by it are told apart by a hash."""
-    slug = re.sub(r"[^A-Za-z0-9._=]+", "_", text)[:40]
-    return slug if slug == text else f"{slug}.{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}"
+    slug = re.sub(r"[^A-Za-z0-9._=]+", "_", text)[:LABEL]
+    return slug if slug == text else f"{slug}.{_digest(text)}"
 
 
 def graded(c: RunConfig) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def run(
         for arm in arms:
             if is_finished(arm):
                 report.add(arm)
-        waiting = [arm for arm in arms if arm.name not in report.results]
+        waiting = [arm for arm in arms if arm.directory not in report.results]
         _wait_for_orphans(waiting, screen)
         work = _Work(report, screen, jobs, train, measure, deque(waiting))
         try:
@@ -127,18 +127,18 @@ class _Report:
 
     out: Path
     arms: Sequence[Arm]
-    results: dict[str, Result] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)  # why, by the arm's name
+    results: dict[Path, Result] = field(default_factory=dict)  # by the arm's directory
+    failed: dict[Path, str] = field(default_factory=dict)  # why
 
     def add(self, arm: Arm) -> None:
-        self.results[arm.name] = read_result(arm)
+        self.results[arm.directory] = read_result(arm)
 
     def of_all(self) -> list[Result]:
         """In the order of the arms, whenever they were over."""
-        return [self.results[arm.name] for arm in self.arms if arm.name in self.results]
+        return [self.results[arm.directory] for arm in self.arms if arm.directory in self.results]
 
     def lines(self) -> list[comparison.Line]:
-        return comparison.lines(self.arms, self.of_all(), [arm for arm in self.arms if arm.name in self.failed])
+        return comparison.lines(self.arms, self.of_all(), [arm for arm in self.arms if arm.directory in self.failed])
 
     def write(self) -> dict[str, Any]:
         """The four files; of results, if there are any."""
@@ -158,13 +158,13 @@ class _Report:
             "values": dict(arm.values),
             "seed": arm.seed,
             "directory": str(arm.directory),
-            "state": "failed" if arm.name in self.failed else "unfinished",
+            "state": "failed" if arm.directory in self.failed else "unfinished",
         }
-        if result := self.results.get(arm.name):
+        if result := self.results.get(arm.directory):
             rows = [*result.vanilla.values(), *result.concise.values(), *result.trained.values()]
             found |= {"state": "finished", **asdict(result.spent), "evaluations": [row.summary() for row in rows]}
-        if arm.name in self.failed:
-            found["error"] = self.failed[arm.name]
+        if arm.directory in self.failed:
+            found["error"] = self.failed[arm.directory]
         return found
 
 
@@ -263,7 +263,7 @@ class _Work:
             with open(one.log, "rb") as file:
                 file.seek(one.log_start)
                 tail = "\n".join(file.read().decode(errors="replace").splitlines()[-TAIL:])
-            self.report.failed[arm.name] = f"exit code {code}: {tail}"
+            self.report.failed[arm.directory] = f"exit code {code}: {tail}"
             self.screen.say(f"{arm.name} failed, exit code {code}; the end of {one.log}:\n{tail}")
         self.report.write()
 

@@ -46,36 +46,40 @@ class Line:
 def lines(arms: Sequence[Arm], results: Sequence[Result], failed: Sequence[Arm] = ()) -> list[Line]:
     """The rows of every temperature, in the order of the config's temperatures and of the methods."""
     return [
-        line
-        for temperature in arms[0].settings.eval.temperatures
-        for line in _at(temperature, arms, results, [arm.label for arm in failed])
+        line for temperature in arms[0].settings.eval.temperatures for line in _at(temperature, arms, results, failed)
     ]
 
 
-def _at(temperature: float, arms: Sequence[Arm], results: Sequence[Result], failed: Sequence[str]) -> list[Line]:
+def _at(temperature: float, arms: Sequence[Arm], results: Sequence[Result], failed: Sequence[Arm]) -> list[Line]:
     base = {r.arm.seed: r for r in reversed(results)}  # the first of each seed: they are alike
     vanilla = {seed: r.vanilla[temperature] for seed, r in base.items()}
     found: list[Line] = []
 
-    def add(method: str, kind: str, rows: Mapping[int, EvalRow], own: Sequence[Result] = ()) -> None:
+    def add(
+        method: str, kind: str, rows: Mapping[int, EvalRow], own: Sequence[Result] = (), without: Sequence[Arm] = ()
+    ) -> None:
         figures = _figures(rows, vanilla) if rows else None
         read = next((r.readings[temperature] for r in own if r.readings), UNREAD)
         spent = _mean([r.spent for r in own])
-        found.append(Line(method, temperature, kind, len(rows), failed.count(method), figures, spent, read))
+        found.append(Line(method, temperature, kind, len(rows), len(without), figures, spent, read))
 
     add(VANILLA, "vanilla", vanilla)
     for wording, name in concise_wordings(arms).items():
         own = [r for r in results if r.concise and r.arm.settings.recipe.contexts.concise == wording]
         if own:
             add(name, "concise", {r.arm.seed: r.concise[temperature] for r in own})
-    by_method = {label: [r for r in results if r.arm.label == label] for label in dict.fromkeys(a.label for a in arms)}
-    lengths = [np.mean([r.trained[temperature].mean_tokens for r in own]) for own in by_method.values() if own]
+    by_row = {arm.row: [r for r in results if r.arm.row == arm.row] for arm in arms}
+    lengths = [np.mean([r.trained[temperature].mean_tokens for r in own]) for own in by_row.values() if own]
     if lengths:
-        shortest = float(min(lengths))
-        cut = {seed: truncation_row(r.base[temperature], shortest) for seed, r in base.items()}
-        add(f"{VANILLA}, cut at {shortest:.0f} tokens", "cut", cut)
-    for label, own in by_method.items():
-        add(label, "trained", {r.arm.seed: r.trained[temperature] for r in own}, own)
+        cut = {seed: truncation_row(r.base[temperature], float(min(lengths))) for seed, r in base.items()}
+        tokens = float(np.mean([row.mean_tokens for row in cut.values()]))
+        # Where no method is shorter than the student was, nothing is cut.
+        if tokens < np.mean([row.mean_tokens for row in vanilla.values()]):
+            add(f"{VANILLA}, cut to {tokens:.0f} tokens", "cut", cut)
+    labels = {arm.row: arm.label for arm in arms}
+    for row, own in by_row.items():
+        trained = {r.arm.seed: r.trained[temperature] for r in own}
+        add(labels[row], "trained", trained, own, [arm for arm in failed if arm.row == row])
     return found
 
 
