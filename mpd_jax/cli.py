@@ -212,6 +212,14 @@ def compare(
         list[str] | None,
         typer.Option(metavar="KEY=[V1,V2]", help="Each method with each value; repeatable.", show_default=False),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            help="Show by what each row's accuracy differs from this method's too, such as on_policy.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train several methods over several seeds, and compare accuracy and tokens in one table, with intervals.
@@ -223,7 +231,7 @@ def compare(
 
     _refuse("compare", _launched())  # no device is touched: each run it starts needs them all
     try:
-        result = compare.run(configs, overrides or [], sweep or [], seeds=seeds, out=out, jobs=jobs)
+        result = compare.run(configs, overrides or [], sweep or [], seeds=seeds, out=out, jobs=jobs, against=against)
     except hosts.Stopped as stopped:
         typer.echo(f"{stopped}; the same command again goes on", err=True)
         raise typer.Exit(hosts.STOPPED) from None

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from mpd_jax import config, hosts
 from mpd_jax.cli import app
 from mpd_jax.eval import compare, comparison, pareto
-from mpd_jax.eval.arms import Arm, is_finished, plan, read_result, read_sweep, share_evaluations
+from mpd_jax.eval.arms import Arm, is_finished, named, plan, read_result, read_sweep, share_evaluations
 from mpd_jax.eval.evaluate import Sample, write_samples
 from mpd_jax.eval.instructions import readers
 from mpd_jax.eval.intervals import Compared, Interval
@@ -174,12 +174,34 @@ def test_where_no_method_is_shorter_than_the_student_was_nothing_is_cut(tmp_path
     ]
 
 
+def test_rows_are_compared_with_a_method_over_the_seeds_of_both(tmp_path, monkeypatch):
+    arms = arms_of(tmp_path)
+    for arm in arms[:3]:  # of crisp there is seed 0 alone
+        monkeypatch.setitem(TRAINED, "mpd", {1.0: (3 if arm.seed == 0 else 0, 50), 0.6: (3, 40)})
+        make(arm)
+    report = compare._Report(tmp_path, arms, named(arms, "crisp"))
+    for arm in arms[:3]:
+        report.add(arm)
+    rows = {row["method"]: row for row in report.write()["rows"] if row["temperature"] == 1.0}
+    assert rows["mpd"]["difference"] == -0.125 and rows["mpd"]["against_difference"] == 0.25
+    assert rows["vanilla"]["against_difference"] == 0 and rows["crisp"]["against_difference"] is None
+    assert rows["mpd"]["against"] == "crisp" and rows["mpd"]["against_difference_lower"] <= 0.25
+    first = next(csv.DictReader((tmp_path / "compare.csv").read_text().splitlines()))
+    assert (first["against"], first["against_difference"]) == ("crisp", "0.0")
+    text = (tmp_path / "compare.md").read_text()
+    assert "| vs crisp |" in text.splitlines()[4] and "| +25.0 [" in text
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(comparison.table(report.lines(), report.of_all()))
+    shown = console.export_text()
+    assert "vs crisp" in shown and "+25.0" in shown and "…" not in shown
+
+
 def test_a_method_of_which_no_run_is_over_has_an_empty_row(tmp_path):
     arms = arms_of(tmp_path, seeds=1)
     make(arms[0])
     results = [read_result(arms[0])]
     lines = comparison.lines(arms, results, arms[1:])
-    assert comparison.cells(lines[4], " ") == ["crisp (n = 0, 1 failed)", *[""] * 8]
+    assert comparison.cells(lines[4], " ") == {"method": "crisp (n = 0, 1 failed)"}
     pareto.plot(lines, tmp_path / "plot.png")
     assert comparison.as_csv(lines).count("\n") == 11 and comparison.as_markdown(lines, results)
 
@@ -363,11 +385,26 @@ def test_the_exit_code_says_how_a_comparison_ended(monkeypatch, tmp_path, state,
         return {"arms": [{"state": state}]}
 
     monkeypatch.setattr(compare, "run", run)
-    words = ["compare", "a.yaml", "b.yaml", "--with", "train.steps=3", "--with", "c.yaml", "--sweep", "d=[1]", "--json"]
-    done = CliRunner().invoke(app, [*words, "--seeds", "4", "--out", str(tmp_path)])
+    words = [
+        "compare",
+        "a.yaml",
+        "b.yaml",
+        "--with",
+        "train.steps=3",
+        "--with",
+        "c.yaml",
+        "--sweep",
+        "d=[1]",
+        "--against",
+        "b",
+    ]
+    done = CliRunner().invoke(app, [*words, "--json", "--seeds", "4", "--out", str(tmp_path)])
     assert done.exit_code == code
     assert asked == [
-        ((["a.yaml", "b.yaml"], ["train.steps=3", "c.yaml"], ["d=[1]"]), {"seeds": 4, "out": tmp_path, "jobs": 1})
+        (
+            (["a.yaml", "b.yaml"], ["train.steps=3", "c.yaml"], ["d=[1]"]),
+            {"seeds": 4, "out": tmp_path, "jobs": 1, "against": "b"},
+        )
     ]
     if state is None:
         assert "0 of 1 arms are over; the same command again goes on" in done.output

@@ -169,6 +169,16 @@ def refuse_unequal(arms: Sequence[Arm]) -> None:
             )
 
 
+def named(arms: Sequence[Arm], name: str) -> Arm:
+    """An arm of the one row that goes by this name: its label, or its config's name."""
+    found = {arm.row: arm for arm in arms if name in (arm.label, arm.method)}
+    if len(found) != 1:
+        labels = dict.fromkeys(arm.label for arm in found.values() or arms)
+        what = "names several methods" if found else "is no method of this comparison"
+        raise UserError(f"--against: {name!r} {what}; give one of: {'; '.join(labels)}")
+    return next(iter(found.values()))
+
+
 def wanted(arm: Arm) -> tuple[str, ...]:
     """The evaluations that an arm ends with."""
     concise = (CONCISE,) if arm.settings.eval.concise_row else ()

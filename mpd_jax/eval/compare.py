@@ -20,7 +20,7 @@ from rich.console import Console
 
 from mpd_jax import config, hosts
 from mpd_jax.eval import comparison, pareto
-from mpd_jax.eval.arms import Arm, Result, is_finished, is_trained, plan, read_result, share_evaluations, untold
+from mpd_jax.eval.arms import Arm, Result, is_finished, is_trained, named, plan, read_result, share_evaluations, untold
 from mpd_jax.files import write_atomically
 from mpd_jax.lock import locked
 from mpd_jax.run import refuse_another_run
@@ -43,11 +43,13 @@ def run(
     seeds: int,
     out: Path,
     jobs: int,
+    against: str | None = None,
     train: Sequence[str] = TRAIN,
     measure: Sequence[str] = MEASURE,
 ) -> dict[str, Any]:
     """Trains the arms that are not over, and returns what compare.json holds. Stopped once a signal asked for it.
 
+    against: the method that all rows are compared with, beside vanilla.
     train, measure: the commands that train the config whose path follows, and that measure its swept instructions.
     """
     if jobs < 1:
@@ -55,10 +57,11 @@ def run(
     if "://" in str(out):
         raise UserError(f"--out: {out} is not allowed; give a directory on this machine")
     arms, screen = plan(configs, overrides, sweeps, seeds, out), Screen()
+    other = named(arms, against) if against is not None else None
     for arm in arms:
         refuse_another_run(arm.directory, arm.settings)
     with _alone(out), hosts.stoppable(screen.say):
-        report = _Report(out, arms)
+        report = _Report(out, arms, other)
         for arm in arms:
             if is_finished(arm):
                 report.add(arm)
@@ -127,6 +130,7 @@ class _Report:
 
     out: Path
     arms: Sequence[Arm]
+    against: Arm | None = None
     results: dict[Path, Result] = field(default_factory=dict)  # by the arm's directory
     failed: dict[Path, str] = field(default_factory=dict)  # why
 
@@ -138,7 +142,8 @@ class _Report:
         return [self.results[arm.directory] for arm in self.arms if arm.directory in self.results]
 
     def lines(self) -> list[comparison.Line]:
-        return comparison.lines(self.arms, self.of_all(), [arm for arm in self.arms if arm.directory in self.failed])
+        failed = [arm for arm in self.arms if arm.directory in self.failed]
+        return comparison.lines(self.arms, self.of_all(), failed, self.against)
 
     def write(self) -> dict[str, Any]:
         """The four files; of results, if there are any."""

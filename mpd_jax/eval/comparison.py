@@ -8,7 +8,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -22,7 +22,14 @@ from mpd_jax.eval.instructions import UNREAD, Readings
 from mpd_jax.eval.intervals import Compared, Interval
 
 VANILLA = "vanilla"
-WIDTH, READ_WIDTH = 118, 22  # columns of the table on a screen
+WIDTH, MORE_WIDTH = 118, 22  # columns of the table on a screen
+
+
+class Against(NamedTuple):
+    """By what a row's accuracy differs from that of another method, over the seeds of both."""
+
+    method: str
+    difference: Interval
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ class Line:
     """A row. kind: "vanilla", "concise", "cut" or "trained". seeds: how many it is the mean of.
 
     failed: seeds whose run failed. figures, spent: None where no seed is over; spent is the mean a seed, and of trained
-    rows alone. readings: of a swept instruction by itself.
+    rows alone. readings: of a swept instruction by itself. against: None where no other method was asked for, where it
+    is this one, or where no seed of both is over.
     """
 
     method: str
@@ -41,18 +49,29 @@ class Line:
     figures: Compared | None
     spent: Spent | None = None
     readings: Readings = UNREAD
+    against: Against | None = None
 
 
-def lines(arms: Sequence[Arm], results: Sequence[Result], failed: Sequence[Arm] = ()) -> list[Line]:
-    """The rows of every temperature, in the order of the config's temperatures and of the methods."""
+def lines(
+    arms: Sequence[Arm], results: Sequence[Result], failed: Sequence[Arm] = (), against: Arm | None = None
+) -> list[Line]:
+    """The rows of every temperature, in the order of the config's temperatures and of the methods.
+
+    against: an arm of the method that all rows are compared with, beside vanilla.
+    """
     return [
-        line for temperature in arms[0].settings.eval.temperatures for line in _at(temperature, arms, results, failed)
+        line
+        for temperature in arms[0].settings.eval.temperatures
+        for line in _at(temperature, arms, results, failed, against)
     ]
 
 
-def _at(temperature: float, arms: Sequence[Arm], results: Sequence[Result], failed: Sequence[Arm]) -> list[Line]:
+def _at(
+    temperature: float, arms: Sequence[Arm], results: Sequence[Result], failed: Sequence[Arm], against: Arm | None
+) -> list[Line]:
     base = {r.arm.seed: r for r in reversed(results)}  # the first of each seed: they are alike
     vanilla = {seed: r.vanilla[temperature] for seed, r in base.items()}
+    other = {r.arm.seed: r.trained[temperature] for r in results if against and r.arm.row == against.row}
     found: list[Line] = []
 
     def add(
@@ -61,7 +80,9 @@ def _at(temperature: float, arms: Sequence[Arm], results: Sequence[Result], fail
         figures = _figures(rows, vanilla) if rows else None
         read = next((r.readings[temperature] for r in own if r.readings), UNREAD)
         spent = _mean([r.spent for r in own])
-        found.append(Line(method, temperature, kind, len(rows), len(without), figures, spent, read))
+        both = {seed: row for seed, row in rows.items() if seed in other and row is not other[seed]}
+        beside = Against(against.label, _figures(both, other).difference) if against and both else None
+        found.append(Line(method, temperature, kind, len(rows), len(without), figures, spent, read, beside))
 
     add(VANILLA, "vanilla", vanilla)
     for wording, name in concise_wordings(arms).items():
@@ -83,14 +104,15 @@ def _at(temperature: float, arms: Sequence[Arm], results: Sequence[Result], fail
     return found
 
 
-def _figures(rows: Mapping[int, EvalRow], vanilla: Mapping[int, EvalRow]) -> Compared:
-    ids = next(iter(vanilla.values())).problem_ids
+def _figures(rows: Mapping[int, EvalRow], others: Mapping[int, EvalRow]) -> Compared:
+    """Of `rows` by seed beside those of the same seeds in `others`."""
+    ids = next(iter(others.values())).problem_ids
 
     def array_SP(of: Mapping[int, EvalRow], field: str) -> np.ndarray:
         by_id = [dict(zip(of[s].problem_ids, getattr(of[s], f"problem_{field}"), strict=True)) for s in sorted(rows)]
         return np.array([[values[i] for i in ids] for values in by_id])
 
-    arrays = [array_SP(of, field) for of in (rows, vanilla) for field in ("accuracy", "tokens")]
+    arrays = [array_SP(of, field) for of in (rows, others) for field in ("accuracy", "tokens")]
     return intervals.compared(*arrays, max_tokens=float(max(row.max_tokens for row in rows.values())))
 
 
@@ -118,6 +140,9 @@ def flat(line: Line) -> dict[str, Any]:
     for name in Compared._fields:
         found = getattr(line.figures, name) if line.figures else (None, None, None)
         values |= dict(zip((name, f"{name}_lower", f"{name}_upper"), found, strict=True))
+    method, difference = line.against or (None, (None, None, None))
+    columns = ("against_difference", "against_difference_lower", "against_difference_upper")
+    values |= {"against": method, **dict(zip(columns, difference, strict=True))}
     for name in Spent.__dataclass_fields__:
         values[name] = getattr(line.spent, name) if line.spent else None
     for name in Readings.__dataclass_fields__:
@@ -146,16 +171,19 @@ HEADS = (
     "seconds",
     "tokens of writer / rewriter / trainer",
 )
+TALL = {HEADS[-1]: "tokens: writer /\nrewriter /\ntrainer"}  # on a screen
 READ = "instruction alone, %"
 
 
 def heads(found: Sequence[Line]) -> tuple[str, ...]:
-    """`HEADS`, and one more where instructions were measured by themselves."""
-    return (*HEADS, READ) if any(line.readings != UNREAD for line in found) else HEADS
+    """`HEADS`, and more where all rows are compared with a method, or instructions were measured by themselves."""
+    against = dict.fromkeys(f"vs {line.against.method}" for line in found if line.against)
+    read = (READ,) if any(line.readings != UNREAD for line in found) else ()
+    return (*HEADS[:3], *against, *HEADS[3:], *read)
 
 
-def cells(line: Line, between: str) -> list[str]:
-    """The cells under `HEADS` and `READ`; `between` stands between a mean and its interval."""
+def cells(line: Line, between: str) -> dict[str, str]:
+    """The cells under their heads, empty ones left out; `between` stands between a mean and its interval."""
     figures, spent = line.figures, line.spent
     read = [
         f"{name}: {100 * r.accuracy.mean:.1f}{between}[{100 * r.accuracy.lower:.1f}, {100 * r.accuracy.upper:.1f}]"
@@ -173,9 +201,9 @@ def cells(line: Line, between: str) -> list[str]:
     name = line.method + (f"{between}({', '.join(told)})" if told else "")
     roles = [_short(n) for n in (spent.writer_tokens, spent.rewriter_tokens, spent.trainer_tokens)] if spent else []
     if figures is None:
-        return [name, *[""] * len(HEADS)]
+        return {HEADS[0]: name}
     same = line.kind == "vanilla"
-    return [
+    own = (
         name,
         interval(figures.accuracy, ".1f", 100),
         "" if same else interval(figures.difference, "+.1f", 100),
@@ -184,8 +212,11 @@ def cells(line: Line, between: str) -> list[str]:
         "" if spent is None or spent.student_entropy is None else f"{spent.student_entropy:.3f}",
         "" if spent is None else f"{spent.seconds:.0f}",
         f" /{between}".join([" / ".join(roles[:2]), *roles[2:]]),
-        (between if between == "\n" else "; ").join(read),
-    ]
+    )
+    found = dict(zip(HEADS, own, strict=True)) | {READ: (between if between == "\n" else "; ").join(read)}
+    if line.against:
+        found[f"vs {line.against.method}"] = interval(line.against.difference, "+.1f", 100)
+    return found
 
 
 def _short(count: int) -> str:
@@ -214,30 +245,35 @@ def said(results: Sequence[Result]) -> str:
 def as_markdown(found: Sequence[Line], results: Sequence[Result]) -> str:
     parts, columns = [said(results) + ".\n"], heads(found)
     for temperature in dict.fromkeys(line.temperature for line in found):
-        rows = [cells(line, " ")[: len(columns)] for line in found if line.temperature == temperature]
+        filled = [cells(line, " ") for line in found if line.temperature == temperature]
+        rows = [columns, *([row.get(head, "") for head in columns] for row in filled)]
         rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-        table = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+        rows.insert(1, ["---", *["---:"] * (len(columns) - 1)])
         parts.append(f"## {heading(temperature)}\n")
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in table) + "\n")
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n")
     return "\n".join(parts)
 
 
 def table(found: Sequence[Line], results: Sequence[Result]) -> Table:
-    """All temperatures in one table of `WIDTH` columns, and `READ_WIDTH` more where instructions were measured."""
-    more = heads(found)[len(HEADS) :]
+    """All temperatures in one table of `WIDTH` columns, and as many more as `MORE_WIDTH` has for each further head."""
+    columns = heads(found)
     result = Table(
         caption=said(results),
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
-        width=WIDTH + (READ_WIDTH if more else 0),
+        width=WIDTH + MORE_WIDTH * (len(columns) - len(HEADS)),
     )
     result.add_column(HEADS[0], overflow="fold")
-    for head in (*HEADS[1:-1], "tokens: writer /\nrewriter /\ntrainer", *more):
-        result.add_column(head, justify="right", no_wrap=True)
+    for head in columns[1:]:
+        if head in HEADS:
+            result.add_column(TALL.get(head, head), justify="right", no_wrap=True)
+        else:
+            result.add_column(head, justify="right", overflow="fold", min_width=MORE_WIDTH - 2)
     for temperature in dict.fromkeys(line.temperature for line in found):
         result.add_row(f"[bold]{heading(temperature)}[/bold]")
         for line in found:
             if line.temperature == temperature:
-                result.add_row(*map(escape, cells(line, "\n")[: len(HEADS) + len(more)]))
+                filled = cells(line, "\n")
+                result.add_row(*(escape(filled.get(head, "")) for head in columns))
     return result
