@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from mpd_jax.eval import arms as arms_module
-from mpd_jax.eval.arms import Arm, concise_wordings, named, plan
+from mpd_jax.eval.arms import Arm, concise_wordings, named, plan, spent_on
 from mpd_jax.types import UserError
 from tests.e2e.tiny import ROOT
 
 TINY = ROOT / "configs" / "tiny"
 MPD, CRISP = str(TINY / "mpd.yaml"), str(TINY / "crisp.yaml")
+SFT = str(TINY / "sft.yaml")
 ALIKE = [f"{'{question}'} Be {'very ' * 12}{end}." for end in ("brief", "short")]
 
 
@@ -36,3 +37,24 @@ def test_another_method_to_compare_with_is_one_row_by_its_name(tmp_path):
     with pytest.raises(UserError, match=r"--against: 'mpd' names several methods; give one of: mpd, steps=30; mpd, st"):
         named(swept, "mpd")
     assert named(swept, "mpd, steps=40").settings.train.steps == 40
+
+
+def step(seconds: float, compilations: int = 0, **named: float) -> dict:
+    row = {"written_total": 100, "rewrite_prompt_total": 30, "rewritten_total": 5, "scored_total": 11}
+    row |= {"rows": 4, "row_length": 10, "padding": 0.1, "compilations": compilations}
+    return row | {"train_seconds": seconds / 2, "train_share": 0.5, "write_seconds": 0.0, "write_share": 0.0} | named
+
+
+def test_seconds_are_those_of_as_many_steps_that_compiled_nothing(tmp_path):
+    c = arms_of(tmp_path)[0].settings
+    assert spent_on(c, [step(40.0, 1), step(2.0), step(4.0), step(20.0, 1)]).seconds == pytest.approx(12.0)
+    assert spent_on(c, [step(40.0, 1)]).seconds is None
+
+
+def test_tokens_are_those_that_somebody_sampled_or_read(tmp_path):
+    c, dataset = arms_of(tmp_path)[0].settings, arms_of(tmp_path, configs=(SFT,))[0].settings
+    skipped = {"written_total": 100, "scored_total": 0, "compilations": 0}  # all was dropped: nothing was trained on
+    spent = spent_on(c, [step(1.0), step(1.0), skipped])
+    # Of 4 x 10 places a step the student read the nine tenths that are no padding, and the target 11.
+    assert (spent.writer_tokens, spent.rewriter_tokens, spent.trainer_tokens) == (300, 70, 2 * (36 + 11))
+    assert spent_on(dataset, [step(1.0)]).writer_tokens == 0

@@ -225,10 +225,14 @@ class Spent:
     """What training took, evaluation left out: seconds of the steps, tokens sampled or read in all.
 
     student_entropy: nats, mean over the last tenth of the steps; None where no step measured it.
+    seconds: what the steps had taken with everything compiled, the mean of those that compiled nothing times the number
+    of all; None where every step compiled.
+    writer_tokens: sampled; text of a data set cost none. rewriter_tokens: prompts and answers. trainer_tokens: read by
+    student and target, prompts among them.
     """
 
     student_entropy: float | None
-    seconds: float
+    seconds: float | None
     writer_tokens: int
     rewriter_tokens: int
     trainer_tokens: int
@@ -260,22 +264,26 @@ def read_result(arm: Arm) -> Result:
         by_temperature.get(CONCISE, {}),
         by_temperature[names[-1]],
         {t: read_readings(arm.directory, t) for t in arm.settings.eval.temperatures if wants_reading(arm)},
-        _spent(read_rows(arm.directory / "metrics.jsonl")),
+        spent_on(arm.settings, read_rows(arm.directory / "metrics.jsonl")),
     )
 
 
-def _spent(steps: Sequence[dict[str, Any]]) -> Spent:
+def spent_on(c: RunConfig, steps: Sequence[dict[str, Any]]) -> Spent:
+    """Of the rows of a run's metrics."""
+
     def total(*names: str) -> int:
         return sum(row.get(name) or 0 for row in steps for name in names)
 
     last = steps[-max(1, len(steps) // 10) :]
     entropies = [row["student_entropy"] for row in last if row.get("student_entropy") is not None]
+    compiled = [_wall(row) for row in steps if not row["compilations"]]
+    read = sum(row["rows"] * row["row_length"] * (1 - row["padding"]) for row in steps if "rows" in row)
     return Spent(
         float(np.mean(entropies)) if entropies else None,
-        sum(map(_wall, steps)),
-        total("written_total"),
+        float(np.mean(compiled)) * len(steps) if compiled else None,
+        0 if c.recipe.write.by == "dataset" else total("written_total"),
         total("rewrite_prompt_total", "rewritten_total"),
-        total("tokens", "scored_total"),
+        round(read) + total("scored_total"),
     )
 
 

@@ -119,13 +119,13 @@ def _figures(rows: Mapping[int, EvalRow], others: Mapping[int, EvalRow]) -> Comp
 def _mean(spent: Sequence[Spent]) -> Spent | None:
     if not spent:
         return None
-    entropies = [s.student_entropy for s in spent if s.student_entropy is not None]
-    tokens = [
-        round(float(np.mean([getattr(s, f"{role}_tokens") for s in spent])))
-        for role in ("writer", "rewriter", "trainer")
-    ]
-    entropy = float(np.mean(entropies)) if entropies else None
-    return Spent(entropy, float(np.mean([s.seconds for s in spent])), *tokens)
+
+    def mean(name: str) -> float | None:
+        values = [value for s in spent if (value := getattr(s, name)) is not None]
+        return float(np.mean(values)) if values else None
+
+    tokens = [round(mean(f"{role}_tokens") or 0) for role in ("writer", "rewriter", "trainer")]
+    return Spent(mean("student_entropy"), mean("seconds"), *tokens)
 
 
 def flat(line: Line) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def cells(line: Line, between: str) -> dict[str, str]:
         interval(figures.tokens, ".1f"),
         "" if same else interval(figures.reduction, ".1f", 100),
         "" if spent is None or spent.student_entropy is None else f"{spent.student_entropy:.3f}",
-        "" if spent is None else f"{spent.seconds:.0f}",
+        "" if spent is None or spent.seconds is None else f"{spent.seconds:.0f}",
         f" /{between}".join([" / ".join(roles[:2]), *roles[2:]]),
     )
     found = dict(zip(HEADS, own, strict=True)) | {READ: (between if between == "\n" else "; ").join(read)}
@@ -237,8 +237,10 @@ def said(results: Sequence[Result]) -> str:
     seeds = len({r.arm.seed for r in results})
     return (
         f"{row.n} held-out problems x {row.samples_per_problem}, {seeds} seed{'s' * (seeds != 1)}, graded by "
-        f"{row.grader}; 95 % intervals over seeds and problems, differences paired with vanilla of the same seed and "
-        "problem; seconds and tokens are means a seed, of training alone"
+        f"{row.grader}; 95 % intervals over seeds and problems, differences paired by seed and problem; entropy is the "
+        "student's over the text that each method trained on; seconds and tokens are means a seed, of training alone: "
+        "seconds the mean of the steps that compiled nothing times the number of all, the trainer's tokens those that "
+        "student and target read"
     )
 
 
