@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mpd_jax.eval import arms as arms_module
-from mpd_jax.eval.arms import Arm, concise_wordings, named, plan, spent_on
+from mpd_jax.eval.arms import Arm, concise_wordings, named, plan, spent_on, unlike
 from mpd_jax.types import UserError
 from tests.e2e.tiny import ROOT
 
@@ -53,8 +53,18 @@ def test_seconds_are_those_of_as_many_steps_that_compiled_nothing(tmp_path):
 
 def test_tokens_are_those_that_somebody_sampled_or_read(tmp_path):
     c, dataset = arms_of(tmp_path)[0].settings, arms_of(tmp_path, configs=(SFT,))[0].settings
-    skipped = {"written_total": 100, "scored_total": 0, "compilations": 0}  # all was dropped: nothing was trained on
+    skipped = step(1.0, skipped=True)  # all was dropped: nothing was read
     spent = spent_on(c, [step(1.0), step(1.0), skipped])
     # Of 4 x 10 places a step the student read the nine tenths that are no padding, and the target 11.
-    assert (spent.writer_tokens, spent.rewriter_tokens, spent.trainer_tokens) == (300, 70, 2 * (36 + 11))
+    assert (spent.writer_tokens, spent.rewriter_tokens, spent.trainer_tokens) == (300, 105, 2 * (36 + 11))
     assert spent_on(dataset, [step(1.0)]).writer_tokens == 0
+
+
+def test_what_the_methods_were_not_trained_with_alike_is_told_by_key(tmp_path):
+    world = arms_of(tmp_path, configs=(MPD, CRISP), overrides=["train.steps=40"], seeds=2)
+    assert unlike(world) == ""
+    (tmp_path / "other.yaml").write_text(f"over: [{CRISP}]\ntrain: {{steps: 48, batch_size: 8}}\nteacher: null\n")
+    configs = (MPD, CRISP, str(tmp_path / "other.yaml"))
+    told = unlike(arms_of(tmp_path, configs=configs, overrides=["train.batch_size=16"], seeds=2))
+    assert told == "train.steps is 32 (mpd, crisp), 48 (other)"
+    assert unlike(arms_of(tmp_path, "train.steps=[30, 40]")) == ""

@@ -28,6 +28,15 @@ from mpd_jax.train.metrics import read_rows
 from mpd_jax.types import UserError
 
 LABEL = 40  # characters of a swept value that a table or a directory's name shows
+# What methods that are to be compared are mostly trained with alike; a comparison tells where they are not.
+ALIKE = (
+    "train.steps",
+    "train.batch_size",
+    "train.learning_rate",
+    "problems.train",
+    "teacher.path",
+    "recipe.write.attempts",
+)
 Values = tuple[tuple[str, Any], ...]  # swept keys and what they are in an arm
 
 
@@ -169,6 +178,23 @@ def refuse_unequal(arms: Sequence[Arm]) -> None:
             )
 
 
+def unlike(arms: Sequence[Arm]) -> str:
+    """In which of `ALIKE` the methods differ, with who has which value; nothing where they do not.
+
+    Swept keys stand in the labels, and a method without a teacher has none that differs.
+    """
+    told = []
+    for key in ALIKE:
+        methods: dict[str, dict[str, None]] = {}
+        for arm in arms:
+            value = config.flat(dataclasses.asdict(arm.settings)).get(key)
+            if value is not None and key not in arm.swept:
+                methods.setdefault(shown(value), {})[arm.method] = None
+        if len(methods) > 1:
+            told.append(f"{key} is " + ", ".join(f"{value} ({', '.join(of)})" for value, of in methods.items()))
+    return "; ".join(told)
+
+
 def named(arms: Sequence[Arm], name: str) -> Arm:
     """An arm of the one row that goes by this name: its label, or its config's name."""
     found = {arm.row: arm for arm in arms if name in (arm.label, arm.method)}
@@ -277,13 +303,14 @@ def spent_on(c: RunConfig, steps: Sequence[dict[str, Any]]) -> Spent:
     last = steps[-max(1, len(steps) // 10) :]
     entropies = [row["student_entropy"] for row in last if row.get("student_entropy") is not None]
     compiled = [_wall(row) for row in steps if not row["compilations"]]
-    read = sum(row["rows"] * row["row_length"] * (1 - row["padding"]) for row in steps if "rows" in row)
+    updates = [row for row in steps if not row.get("skipped")]
+    read = sum(row["rows"] * row["row_length"] * (1 - row["padding"]) + row["scored_total"] for row in updates)
     return Spent(
         float(np.mean(entropies)) if entropies else None,
         float(np.mean(compiled)) * len(steps) if compiled else None,
         0 if c.recipe.write.by == "dataset" else total("written_total"),
         total("rewrite_prompt_total", "rewritten_total"),
-        round(read) + total("scored_total"),
+        round(read),
     )
 
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mpd_jax.eval import intervals
-from mpd_jax.eval.arms import Arm, Result, Spent, concise_wordings
+from mpd_jax.eval.arms import Arm, Result, Spent, concise_wordings, unlike
 from mpd_jax.eval.evaluate import EvalRow, truncation_row
 from mpd_jax.eval.instructions import UNREAD, Readings
 from mpd_jax.eval.intervals import Compared, Interval
@@ -232,15 +232,16 @@ def heading(temperature: float) -> str:
 
 
 def said(results: Sequence[Result]) -> str:
-    """What was measured how, in one sentence."""
+    """What was measured how, in one sentence; and in another how the methods were not trained alike."""
     row = next(iter(results[0].trained.values()))
     seeds = len({r.arm.seed for r in results})
+    apart = unlike([r.arm for r in results])
     return (
         f"{row.n} held-out problems x {row.samples_per_problem}, {seeds} seed{'s' * (seeds != 1)}, graded by "
         f"{row.grader}; 95 % intervals over seeds and problems, differences paired by seed and problem; entropy is the "
         "student's over the text that each method trained on; seconds and tokens are means a seed, of training alone: "
         "seconds the mean of the steps that compiled nothing times the number of all, the trainer's tokens those that "
-        "student and target read"
+        "student and target read" + (f". Not trained alike: {apart}" if apart else "")
     )
 
 
