@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from mpd_jax import config, hosts
 from mpd_jax.cli import app
 from mpd_jax.eval import compare, comparison, pareto
-from mpd_jax.eval.arms import Arm, is_finished, named, plan, read_result, read_sweep, share_evaluations
+from mpd_jax.eval.arms import Arm, is_finished, named, plan, read_result, read_sweep, share_evaluations, untold
 from mpd_jax.eval.evaluate import Sample, write_samples
 from mpd_jax.eval.instructions import readers
 from mpd_jax.eval.intervals import Compared, Interval
@@ -116,7 +116,8 @@ def test_a_sweep_is_a_key_and_a_list_of_different_values(text):
     [
         ("eval: {max_tokens: 128}", r"eval\.max_tokens = 128, and 256 in mpd"),
         ("problems: {heldout: other.jsonl}", r"problems\.heldout = 'other\.jsonl', and 'tiny' in mpd"),
-        ("student: {dtype: bfloat16}", r"student\.dtype = 'bfloat16', and 'float32' in mpd"),
+        ("student: {thinking: false}", r"student\.thinking = False, and True in mpd"),
+        ("student: {lora: {rank: 4, alpha: 8}, adapter: there}", r"student\.adapter = 'there', and None in mpd"),
         ("recipe: {contexts: {plain: 'Q: {question}'}}", r"recipe\.contexts\.plain = 'Q: \{question\}', and"),
     ],
 )
@@ -126,6 +127,28 @@ def test_arms_that_would_not_be_graded_alike_are_refused_by_key(tmp_path, over, 
         plan([CONFIGS[0], str(tmp_path / "other.yaml")], WITH, [], 1, tmp_path)
     (tmp_path / "other.yaml").write_text(f"over: [{CONFIGS[1]}]\neval: {{every: 5}}\n")
     assert len(plan([CONFIGS[0], str(tmp_path / "other.yaml")], WITH, [], 1, tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sweep", "told"),
+    [
+        (["run.dir=runs/a"], [], r"--with: run\.dir is"),
+        (["run={dir: runs/a}"], [], "--with: run is"),
+        ([], ["run.seed=[5, 6]"], r"--sweep: run\.seed is not allowed; .* one of --seeds seeds"),
+    ],
+)
+def test_what_every_run_has_of_its_own_is_not_set_for_all(tmp_path, overrides, sweep, told):
+    with pytest.raises(UserError, match=told):
+        plan(CONFIGS, [*WITH, *overrides], sweep, 1, tmp_path)
+
+
+def test_methods_that_train_and_compute_otherwise_stand_in_one_table(tmp_path):
+    other = "student: {lora: {rank: 4, alpha: 8}, param_dtype: bfloat16, dtype: bfloat16, remat: full}"
+    (tmp_path / "other.yaml").write_text(f"over: [{CONFIGS[1]}]\n{other}\n")
+    arms = plan([CONFIGS[0], str(tmp_path / "other.yaml")], WITH, [], 1, tmp_path)
+    make(arms[0])
+    share_evaluations(arms[1], arms)
+    assert untold(arms[1], arms)  # its untrained student is evaluated anew, for it computes otherwise
 
 
 def test_two_configs_of_one_name_are_refused(tmp_path):
@@ -173,6 +196,16 @@ def test_where_no_method_is_shorter_than_the_student_was_nothing_is_cut(tmp_path
     assert [(line.temperature, line.method) for line in lines if line.kind == "cut"] == [
         (0.6, "vanilla, cut to 119 tokens")
     ]
+
+
+def test_the_table_says_how_methods_were_not_trained_alike(tmp_path):
+    arm = arms_of(tmp_path, seeds=1)[0]
+    make(arm)
+    result, train = read_result(arm), dataclasses.replace(arm.settings.train, steps=48)
+    longer = dataclasses.replace(arm, method="longer", settings=dataclasses.replace(arm.settings, train=train))
+    assert "Not trained alike" not in comparison.said([result])
+    told = comparison.said([result, dataclasses.replace(result, arm=longer)])
+    assert told.endswith(". Not trained alike: train.steps is 20 (mpd), 48 (longer)")
 
 
 def test_rows_are_compared_with_a_method_over_the_seeds_of_both(tmp_path, monkeypatch):

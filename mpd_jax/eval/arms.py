@@ -113,6 +113,8 @@ def plan(
         raise UserError(f"--seeds: {seeds} is not allowed; it must be 1 or more")
     read = [read_sweep(text) for text in sweeps]
     keys = [key for key, _ in read]
+    _refuse_ours("--with", [text.partition("=")[0].strip() for text in overrides])
+    _refuse_ours("--sweep", keys)
     if len(set(keys)) < len(keys):
         raise UserError(f"--sweep: {keys[0]} stands twice; give all its values in one list")
     chosen = [tuple(zip(keys, values, strict=True)) for values in itertools.product(*(values for _, values in read))]
@@ -124,6 +126,15 @@ def plan(
     ]
     refuse_unequal(arms)
     return tuple(arms)
+
+
+def _refuse_ours(option: str, keys: Sequence[str]) -> None:
+    for key in keys:
+        if config.under(key, ("run",)):
+            raise UserError(
+                f"{option}: {key} is not allowed; each run has a directory under --out, one of --seeds seeds from 0, "
+                "and what all of them compiled; take it out"
+            )
 
 
 def _arm(path: str, stem: str, values: Values, overrides: Sequence[str], seed: int, out: Path) -> Arm:
@@ -151,7 +162,8 @@ def graded(c: RunConfig) -> dict[str, Any]:
     return config.flat(
         {
             "eval": tree,
-            "student": dataclasses.asdict(c.student),
+            # Not how it trains and computes. An adapter that it starts from makes it another student.
+            "student": {key: getattr(c.student, key) for key in ("path", "revision", "thinking", "adapter")},
             "problems": {
                 "heldout": c.problems.heldout,
                 "heldout_columns": repr(c.problems.heldout_columns or c.problems.columns),

@@ -229,7 +229,8 @@ class _Work:
                 one.end(kill=True)
 
     def _next(self) -> Arm:
-        """The first that waits, but for one that would evaluate the untrained student beside another that does."""
+        """The first that waits and does not evaluate the untrained student beside a run of its seed that does; where
+        all that wait would, the first of them: with more jobs than seeds some do it twice."""
         busy = {one.arm.seed for one in self.running}
         arms = self.report.arms
         free = [arm for arm in self.waiting if arm.seed not in busy or not untold(arm, arms)]

@@ -69,7 +69,7 @@ def lines(
 def _at(
     temperature: float, arms: Sequence[Arm], results: Sequence[Result], failed: Sequence[Arm], against: Arm | None
 ) -> list[Line]:
-    base = {r.arm.seed: r for r in reversed(results)}  # the first of each seed: they are alike
+    base = {r.arm.seed: r for r in reversed(results)}  # the first of each seed: they are asked and graded alike
     vanilla = {seed: r.vanilla[temperature] for seed, r in base.items()}
     other = {r.arm.seed: r.trained[temperature] for r in results if against and r.arm.row == against.row}
     found: list[Line] = []
