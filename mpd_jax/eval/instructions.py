@@ -19,12 +19,12 @@ from mpd_jax.eval.grade import GraderPool
 from mpd_jax.eval.intervals import Interval
 from mpd_jax.files import AnyPath, path, read, write_atomically
 from mpd_jax.recipe.keep import KEPT
-from mpd_jax.roles import Roles, make_sampler, open_roles
-from mpd_jax.rollouts import recipe_parts
+from mpd_jax.roles import ModelFiles, Roles, make_sampler, open_roles
+from mpd_jax.rollouts import make_rewriter
 from mpd_jax.run import BASE, evaluated_with, keep_compiled, samples_path
-from mpd_jax.samplers import load_frozen, make_samplers
+from mpd_jax.samplers import rewriting_sampler
+from mpd_jax.sampling.sampler import Sampler
 from mpd_jax.screen import Screen
-from mpd_jax.train.state import NEW_MEMORY
 from mpd_jax.types import Trajectory
 
 NAME = "instruction.json"
@@ -98,10 +98,7 @@ def _target(c: RunConfig, roles: Roles, mesh: Mesh, screen: Screen) -> dict[str,
     # A context may quote more than a problem.
     longest = max(len(files.chat.prompt(c.recipe.target.context, problem)) for problem in heldout)
     sampler = make_sampler(files, c, mesh, max(longest, c.sampling.prompt_tokens), c.eval.max_tokens)
-    if files is roles.student:
-        sampler.load(files.trains.over(files.base(mesh), files.start(mesh, c.run.seed)), 0)
-    else:
-        sampler.load(files.weights(mesh), 0)
+    _load(sampler, files, mesh, c)
     with screen.bar("the target's own answers", evaluation.count(heldout, c.eval)) as advance:
         rows = evaluation.evaluate(
             files.key,
@@ -116,21 +113,25 @@ def _target(c: RunConfig, roles: Roles, mesh: Mesh, screen: Screen) -> dict[str,
     return {f"{r.temperature:g}": Reading(Interval(r.accuracy, *r.accuracy_ci), r.mean_tokens) for r in rows}
 
 
+def _load(sampler: Sampler, files: ModelFiles, mesh: Mesh, c: RunConfig) -> None:
+    """The weights that nothing has trained yet."""
+    sampler.load(files.trains.over(files.base(mesh), files.start(mesh, c.run.seed)), 0)
+
+
 def _rewrites(c: RunConfig, roles: Roles, mesh: Mesh, screen: Screen) -> dict[str, Any]:
-    student = roles.student
-    base = student.base(mesh)
+    student, held = roles.student, roles.rewriter
+    assert held is not None
 
     def on_servers(*model: Any) -> Any:
         raise AssertionError(f"asked for servers of {model}")
 
-    samplers = make_samplers(c, roles, mesh, lambda trained: student.trains.over(base, trained), on_servers)
-    load_frozen(samplers, roles, mesh, roles.teacher.weights(mesh) if roles.teacher else None)
-    samplers.load_student(student.start(mesh, c.run.seed), 0)
+    sampler = rewriting_sampler(c, held, mesh, on_servers)
+    _load(sampler, held, mesh, c)
     problems = {problem.id: problem for problem in build.read_problems(c.problems, "heldout")}
     samples = evaluation.read_samples(samples_path(path(c.run.dir), BASE))
     found = {}
     with GraderPool(c.recipe.rewrite.grader, workers=1) as keeping, GraderPool(c.eval.grader) as pool:
-        rewrite = recipe_parts(c, roles, samplers, keeping, screen.bar).rewrite
+        rewrite = make_rewriter(c, roles, sampler, keeping)
         for temperature in c.eval.temperatures:
             drafts = [
                 Trajectory(
@@ -146,7 +147,9 @@ def _rewrites(c: RunConfig, roles: Roles, mesh: Mesh, screen: Screen) -> dict[st
                 if s.temperature == temperature
             ]
             asked = [problems[i] for i in dict.fromkeys(draft.problem_id for draft in drafts)]
-            found[f"{temperature:g}"] = _judged(rewrite(asked, drafts, 0, NEW_MEMORY), problems, student.chat, pool)
+            with screen.bar("rewriting the untrained student's answers", len(drafts)) as advance:
+                rewrites = rewrite(asked, drafts, 0, progress=advance)
+            found[f"{temperature:g}"] = _judged(rewrites, problems, student.chat, pool)
     return found
 
 
