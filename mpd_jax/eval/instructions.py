@@ -125,7 +125,7 @@ def _rewrites(c: RunConfig, roles: Roles, mesh: Mesh, screen: Screen) -> dict[st
     def on_servers(*model: Any) -> Any:
         raise AssertionError(f"asked for servers of {model}")
 
-    sampler = rewriting_sampler(c, held, mesh, on_servers)
+    sampler = rewriting_sampler(c, roles, mesh, on_servers)
     _load(sampler, held, mesh, c)
     problems = {problem.id: problem for problem in build.read_problems(c.problems, "heldout")}
     samples = evaluation.read_samples(samples_path(path(c.run.dir), BASE))
