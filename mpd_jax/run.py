@@ -138,7 +138,7 @@ def telling_what_is_saved(checkpoints: Checkpoints) -> Iterator[None]:
         yield
     except hosts.Stopped:
         step = checkpoints.latest()
-        nothing = "stopped before the first update, so there was nothing to save"
+        nothing = "stopped before the first checkpoint, so there is nothing to go on from but the start"
         raise hosts.Stopped(nothing if step is None else f"stopped and saved after step {step}") from None
 
 

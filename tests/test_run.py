@@ -75,7 +75,7 @@ def test_a_resumed_run_forgets_what_was_measured_of_steps_it_has_not_reached(tmp
 
 
 @pytest.mark.parametrize(
-    ("step", "said"), [(None, "stopped before the first update, so there was"), (3, "stopped and saved after step 3")]
+    ("step", "said"), [(None, "stopped before the first checkpoint, so"), (3, "stopped and saved after step 3")]
 )
 def test_a_run_that_was_stopped_says_what_is_saved(step, said):
     checkpoints = cast(Any, SimpleNamespace(latest=lambda: step))
