@@ -31,7 +31,7 @@ from mpd_jax.samplers import load_frozen, make_samplers, served_elsewhere
 from mpd_jax.sampling.agreement import Agreement
 from mpd_jax.sampling.probe import PROMPTS
 from mpd_jax.sampling.sampler import Sampler
-from mpd_jax.sampling.vllm_client import Push
+from mpd_jax.sampling.vllm_client import Push, VLLMSampler
 from mpd_jax.sampling.weight_push import WeightPush
 from mpd_jax.scoring import scoring
 from mpd_jax.serving import Secrets, Serving, unproved
@@ -261,6 +261,7 @@ def build(
             guards=config.guards if config.guards.bands else None,
             curriculum=config.sampling.curriculum,
             start=start,
+            leaving=samplers.student.forget_after if isinstance(samplers.student, VLLMSampler) else None,
             say=say,
         )
         close = stack.pop_all().close

@@ -369,8 +369,12 @@ def test_good_checkpoints_are_not_crowded_out_while_patience_lasts_nor_by_a_last
 
 
 def test_a_run_without_a_checkpoint_from_before_goes_back_to_its_start(tmp_path):
-    whole, said, written = run(tmp_path / "whole", collapse, GUARDS, save_every=100)
-    assert "rollback 1 to step 0" in said[0]
+    def leaving(done):
+        left.append((done, (tmp_path / "whole" / "checkpoints" / "left.json").exists()))
+
+    left = []
+    whole, said, written = run(tmp_path / "whole", collapse, GUARDS, save_every=100, leaving=leaving)
+    assert "rollback 1 to step 0" in said[0] and left == [(0, False)]
     assert [step for step, rollbacks, _ in written if rollbacks] == list(range(6))
     with pytest.raises(Killed):
         run(tmp_path / "killed", collapse, GUARDS, save_every=100, start=dies)

@@ -56,6 +56,8 @@ class Parts:
     max_age:        updates after which what the student wrote is used no more where its problem comes up again.
     grade:          share of the written trajectories that are right, if that can be told cheaply.
     guards:         None where no band is given. start: the state that a start of the run would begin with.
+    leaving:        (updates done) is called before it is on disk that the run goes back to them: who served it forgets
+                    what it learnt since.
     rolled_back:    (updates done) is called when what came after them is left.
     """
 
@@ -86,6 +88,7 @@ class Parts:
     guards: GuardsConfig | None = None
     curriculum: CurriculumConfig | None = None
     start: Callable[[], RunState] | None = None
+    leaving: Callable[[int], None] | None = None
     rolled_back: Callable[[int], None] | None = None
     say: Callable[[str], None] = lambda text: None
 
@@ -162,6 +165,8 @@ class _Run:
         parts.clock.begin(state.step, "leave")
         parts.checkpoints.wait()
         found = answer(guards, one, state.memory, parts.checkpoints.steps(), parts.save_every)
+        if parts.leaving is not None:
+            parts.leaving(max(one.origin - 1, 0) if found.good is None else found.good)
         parts.checkpoints.leave(found.left, found.good, found.memory)
         if found.good is None:
             raise GuardStop(found.said)
