@@ -4,6 +4,7 @@ The alignment itself is data/batching.py's.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from jax.sharding import Mesh
 
@@ -12,44 +13,53 @@ from mpd_jax.data.batching import BatchReport, TargetPrompt, to_batch
 from mpd_jax.data.chat import Chat
 from mpd_jax.models.kernels import takes_segments
 from mpd_jax.recipe.rewrite import rewriting_prompt
-from mpd_jax.roles import ModelFiles, rewriting_room
+from mpd_jax.roles import ModelFiles, Roles, rewriting_room
 from mpd_jax.rollouts import share_right
 from mpd_jax.types import Batch, Problem, Trajectory
 
 
 def batch_to_train_on(
-    config: RunConfig,
-    mesh: Mesh,
-    student: ModelFiles,
-    target_files: ModelFiles | None,
-    problems: Sequence[Problem],
-    trajectories: Sequence[Trajectory],
+    config: RunConfig, mesh: Mesh, roles: Roles, problems: Sequence[Problem], trajectories: Sequence[Trajectory]
 ) -> Batch | None:
     """The kept trajectories, packed if all who read can; the target reads under its own context."""
-    reads = target_prompt(config, student, target_files, problems) if target_files else None
-    batch, report = batch_of(config, mesh, student, target_files, problems, trajectories, reads)
+    target = roles.target(config.recipe)
+    reads = target_prompt(config, roles, problems) if target else None
+    scored = [as_scored(config, roles, t) for t in trajectories]
+    batch, report = batch_of(config, mesh, roles.student, target, problems, scored, reads)
     return batch if report.trajectories else None
 
 
-def target_prompt(
-    config: RunConfig, student: ModelFiles, target: ModelFiles, problems: Sequence[Problem]
-) -> TargetPrompt:
+def target_prompt(config: RunConfig, roles: Roles, problems: Sequence[Problem]) -> TargetPrompt:
     """What the target reads before a trajectory's response, under recipe.target.context.
 
-    Under `rewrite` it is what a rewriter reads, problem, draft and instruction (TRD, 2606.08432).
+    Under `rewrite` it is what a rewriter reads, problem, draft and instruction (TRD, 2606.08432), and its own thinking
+    closed behind that: the rewrite it was asked for comes next.
     """
     by_id, context, how = {p.id: p for p in problems}, config.recipe.target.context, config.recipe.rewrite
+    target, student = roles.target(config.recipe), roles.student.chat
+    assert target is not None, "no target"
+    chat, room = target.chat, rewriting_room(config, roles) if context == "rewrite" else 0
 
     def reads(t: Trajectory) -> Sequence[int] | None:
         problem = by_id[t.problem_id]
         if context != "rewrite":
-            return target.chat.prompt(context, problem)
+            return chat.prompt(context, problem)
         assert t.original is not None, f"problem {t.problem_id}: no rewrite, and its target reads under `rewrite`"
-        draft, room = student.chat.draft(t.original.response), rewriting_room(config, target)
-        found = rewriting_prompt(target.chat, how.how, problem, draft, room, how.too_long)
-        return found[0] if found else None
+        draft = student.draft(t.original.response)
+        found = rewriting_prompt(chat, how.how, problem, draft, room, how.too_long)
+        return (*found[0], *chat.no_thoughts) if found else None
 
     return reads
+
+
+def as_scored(config: RunConfig, roles: Roles, t: Trajectory) -> Trajectory:
+    """A trajectory with what no target scores counted to its prompt: under `rewrite` that is what opens the student's
+    thinking span, for a rewriter opens none before it rewrites."""
+    opening = roles.student.chat.opening if config.recipe.target.context == "rewrite" else ()
+    if not opening or t.response[: len(opening)] != opening:
+        return t
+    length = len(opening)
+    return replace(t, prompt=(*t.prompt, *opening), response=t.response[length:], logprobs=t.logprobs[length:])
 
 
 def batch_of(

@@ -97,7 +97,7 @@ class Run:
 def require_what_is_read(recipe: Recipe, problems: Sequence[Problem]) -> None:
     """A problem that lacks what the recipe reads is told before anything was sampled."""
     for problem in problems:
-        if "correct" in recipe.rewrite.keep or recipe.rewrite.how == "earliest_correct_prefix":
+        if set(keep.GRADED).intersection(recipe.rewrite.keep) or recipe.rewrite.how == "earliest_correct_prefix":
             keep.reference(problem)
         if recipe.target.context == "privileged" and problem.answer is None and problem.response is None:
             raise UserError(
@@ -243,7 +243,7 @@ def build(
             problems=ProblemSet(training, config.run.seed, config.train.batch_size),
             write=recipe.write,
             rewrite=recipe.rewrite,
-            to_batch=partial(batch_to_train_on, config, mesh, student, target_files),
+            to_batch=partial(batch_to_train_on, config, mesh, roles),
             update=_update(config, update, base, whole),
             load_student=samplers.load_student if samplers.follows else lambda weights, version: None,
             checkpoints=checkpoints,

@@ -22,7 +22,7 @@ from mpd_jax.config import RunConfig
 from mpd_jax.data.chat import CLOSE, OPEN, Chat
 from mpd_jax.data.problems import FIELDS, read_jsonl
 from mpd_jax.eval.grade import GraderPool
-from mpd_jax.recipe.write import DatasetWriter
+from mpd_jax.recipe.write import DatasetWriter, WriteConfig
 from mpd_jax.roles import Roles, open_roles
 from mpd_jax.rollouts import make_rewriter
 from mpd_jax.samplers import rewriting_sampler
@@ -52,9 +52,12 @@ def rewrite(source: Path, out: Path, settings: RunConfig, secrets: Secrets = lam
     """Rewrites what `source` holds and `out` does not yet; returns the summary of all of `out`."""
     if settings.recipe.rewrite.how == "nobody":
         raise UserError("recipe.rewrite.how: nobody rewrites nothing; set compress, repair or another")
+    # Drafts come of a file, so that no writer's longest response bounds them.
+    recipe = settings.recipe
+    settings = dataclasses.replace(settings, recipe=dataclasses.replace(recipe, write=WriteConfig(by="dataset")))
     screen, roles = Screen(), open_roles(settings)
     items, columns = read_items(source, settings, roles.student.chat), dict(settings.problems.columns or {})
-    build.require_what_is_read(settings.recipe, [item.problem for item in items])
+    build.require_what_is_read(recipe, [item.problem for item in items])
     named = {field: columns.get(field, field) for field in FIELDS}
     made_with = _made_with(source, settings, roles)
     with _opened(out, made_with) as file:
@@ -91,7 +94,7 @@ def answering(
         return None
     mesh = make_mesh(settings.mesh)
     serving = Serving(settings, spilled, made_with, secrets=secrets, say=screen.say, progress=screen.bar)
-    sampler = rewriting_sampler(settings, held, mesh, serving.sampler)
+    sampler = rewriting_sampler(settings, roles, mesh, serving.sampler)
     if not isinstance(sampler, JaxSampler):
         screen.say(unproved(held))
         sampler.load(None, 0)
@@ -203,7 +206,7 @@ def _made_with(source: Path, settings: RunConfig, roles: Roles) -> Line:
         "recipe.rewrite",
         f"recipe.contexts.{settings.recipe.rewrite.how}",
         "sampling.rewriter",
-        "sampling.writer.max_tokens",
+        "train.max_length",
         "sampling.prompt_tokens",
         "sampling.server.seed",
         "problems.columns",
@@ -257,6 +260,7 @@ def line_of(item: Item, t: Trajectory, chat: Chat, right: Sequence[bool] | None,
     found = {"original": item.text, "verdict": t.verdict, "dropped": dropped or None, "tokens_before": before}
     if not dropped:
         found |= {"tokens_after": after, "ratio": after / before if before else None}
+    found["trimmed"] = t.trimmed or None
     found["student_step"] = original.version if original.writer == "student" else None
     if right is not None:
         found |= {"right_before": right[0], "right_after": None if dropped else right[1]}
@@ -275,6 +279,7 @@ def summarise(lines: Sequence[Line], grader: str) -> dict[str, Any]:
         "problems": len(lines),
         "kept": len(kept),
         "verdicts": dict(sorted(Counter(line["verdict"] for line in lines).items())),
+        "trimmed": sum("trimmed" in line for line in lines),
         "mean_tokens_before": _mean([line["tokens_before"] for line in lines]),
         "mean_tokens_before_kept": _mean([line["tokens_before"] for line in kept]),
         "mean_tokens_after": _mean([line["tokens_after"] for line in kept]),

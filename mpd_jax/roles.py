@@ -192,7 +192,7 @@ def requirements(config: RunConfig, roles: Roles) -> list[tuple[str, Callable[[]
     """What has to hold between the files of the roles, in words; each raises UserError where it does not."""
     recipe, student, teacher, rewriter = config.recipe, roles.student, roles.teacher, roles.rewriter
     found: list[tuple[str, Callable[[], None]]] = []
-    if recipe.rewrite.how == "truncate":
+    if recipe.rewrite.how in ("truncate", "earliest_correct_prefix"):
         found.append(("student: has a thinking span to cut", lambda: _require_span(student)))
     if recipe.target.weights == "none":  # only text travels
         return found
@@ -213,8 +213,8 @@ def requirements(config: RunConfig, roles: Roles) -> list[tuple[str, Callable[[]
 def _require_span(student: ModelFiles) -> None:
     if not student.chat.thinks:
         raise UserError(
-            "recipe.rewrite.how: truncate cuts the thinking span, and the student's template has none "
-            "(student.thinking); set student.thinking=true or rewrite otherwise"
+            "recipe.rewrite.how: truncate and earliest_correct_prefix cut the thinking span, and the student's "
+            "template has none (student.thinking); set student.thinking=true or rewrite otherwise"
         )
 
 
@@ -229,15 +229,21 @@ def _require_known_end(student: ModelFiles, teacher: ModelFiles) -> None:
         )
 
 
-def rewriting_room(config: RunConfig, rewriter: ModelFiles) -> int:
-    """The longest prompt for a rewrite, in tokens: problem, whole draft and instruction, unless the window is short."""
-    sampling, window = config.sampling, rewriter.model.config.max_position_embeddings
-    window = min(config.recipe.rewrite.window or window, window)
-    room = min(2 * sampling.prompt_tokens + sampling.writer.max_tokens, window - sampling.rewriter.max_tokens)
+def rewriting_room(config: RunConfig, roles: Roles) -> int:
+    """The longest prompt for a rewrite, in tokens: problem, whole draft and instruction, unless a window is short, be
+    it the rewriter's or that of a target which reads the same (context `rewrite`)."""
+    recipe, sampling, readers = config.recipe, config.sampling, [roles.rewriter]
+    if recipe.target.context == "rewrite":
+        readers.append(roles.target(recipe))
+    window = min(files.model.config.max_position_embeddings for files in readers if files)
+    window = min(recipe.rewrite.window or window, window)
+    draft = config.train.max_length if recipe.write.by == "dataset" else sampling.writer.max_tokens
+    room = min(2 * sampling.prompt_tokens + draft, window - sampling.rewriter.max_tokens)
     if room <= sampling.prompt_tokens:
+        keys = ", ".join(files.key for files in readers if files)
         raise UserError(
             f"sampling.rewriter.max_tokens: {sampling.rewriter.max_tokens} of a window of {window} tokens "
-            f"({rewriter.key}; recipe.rewrite.window) leave {room} for problem and draft; lower it, or raise the window"
+            f"({keys}; recipe.rewrite.window) leave {room} for problem and draft; lower it, or raise the window"
         )
     return room
 

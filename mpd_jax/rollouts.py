@@ -58,7 +58,7 @@ def make_rewriter(config: RunConfig, roles: Roles, sampler: Sampler | None, grad
             return rewrite.Truncate(judge, recipe.rewrite.truncate_to, recipe.rewrite.truncate_ratio)
         case "compress" | "repair" as how:
             assert sampler is not None and roles.rewriter is not None
-            room, too_long = rewriting_room(config, roles.rewriter), recipe.rewrite.too_long
+            room, too_long = rewriting_room(config, roles), recipe.rewrite.too_long
             by, chat = recipe.rewrite.by, roles.rewriter.chat
             return rewrite.ModelRewriter(
                 by, sampler, chat, config.sampling.rewriter, judge, config.run.seed, room, how, too_long

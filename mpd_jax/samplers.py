@@ -47,7 +47,7 @@ def make_samplers(config: RunConfig, roles: Roles, mesh: Mesh, whole: Callable[[
         assert roles.teacher is not None
         writer = make(roles.teacher, "writer", prompt, written)
     if roles.rewriter is not None:
-        rewriter = rewriting_sampler(config, roles.rewriter, mesh, remote)
+        rewriter = rewriting_sampler(config, roles, mesh, remote)
     rewrites = rewriter is not None and roles.rewriter is roles.student
 
     def load_student(trained: Any, version: int) -> None:
@@ -58,10 +58,11 @@ def make_samplers(config: RunConfig, roles: Roles, mesh: Mesh, whole: Callable[[
     return Samplers(student, writer, rewriter, load_student, writer is student or rewrites)
 
 
-def rewriting_sampler(config: RunConfig, files: ModelFiles, mesh: Mesh, remote: Remote) -> Sampler:
+def rewriting_sampler(config: RunConfig, roles: Roles, mesh: Mesh, remote: Remote) -> Sampler:
     """The one of the model that rewrites. It holds no weights yet."""
-    room, response = rewriting_room(config, files), config.sampling.rewriter.max_tokens
-    return _make(config, mesh, remote, files, "rewriter", room, response)
+    assert roles.rewriter is not None, "no model rewrites"
+    room, response = rewriting_room(config, roles), config.sampling.rewriter.max_tokens
+    return _make(config, mesh, remote, roles.rewriter, "rewriter", room, response)
 
 
 def _make(

@@ -8,14 +8,14 @@ import itertools
 import random
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import jax
 import numpy as np
 import pytest
 
 from mpd_jax import build, config, rollouts, samplers
-from mpd_jax.batches import batch_to_train_on
+from mpd_jax.batches import as_scored, batch_to_train_on, target_prompt
 from mpd_jax.config import RunConfig
 from mpd_jax.data.chat import Chat
 from mpd_jax.eval.grade import GraderPool
@@ -45,8 +45,7 @@ SIZES = [
     "mesh.fsdp=1",
     "mesh.data=-1",
 ]
-SHORT = ["train.max_length=320", "sampling.writer.max_tokens=96", "sampling.rewriter.max_tokens=96"]
-GRADED = ["recipe.rewrite.keep=[]"]  # texts that short are cut off
+SHORT = ["train.max_length=448", "sampling.writer.max_tokens=192", "sampling.rewriter.max_tokens=96"]
 
 BY_TEACHER, BY_STUDENT = {"by": "teacher"}, {"by": "student"}
 AXES: dict[str, dict[str, dict[str, Any]]] = {
@@ -77,6 +76,8 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
         "forward_kl": {"kind": "forward_kl", "stabiliser": "per_entry"},
         "jsd": {"kind": "jsd", "teacher_weight": 0.3},
         "mix": {"kind": "mix", "reverse_weight": 0.3, "stabiliser": "rescale"},
+        "policy_gradient": {"kind": "policy_gradient", "merge_stops": True},
+        "weighted reverse_kl": {"kind": "reverse_kl", "token_weight": "entropy_guided"},
     },
 }
 Cell = tuple[str, str, str, str]
@@ -197,7 +198,7 @@ def shared_programs(tmp_path_factory):
 
 @pytest.mark.parametrize("path", TWINS, ids=lambda path: path.stem)
 def test_every_method_trains_in_the_tiny_world(path, tmp_path, shared_programs):
-    settings = config.load(path, [*SIZES, *SHORT, *GRADED, f"run.dir={tmp_path}"])
+    settings = config.load(path, [*SIZES, *SHORT, f"run.dir={tmp_path}"])
     require_learning(train(settings, tmp_path))
 
 
@@ -224,11 +225,12 @@ def test_every_legal_cell_resolves_to_a_batch(monkeypatch):
                 parts = rollouts.recipe_parts(settings, roles, made, graders, Screen(quiet=True).bar)
                 trajectories = parts.rewrite(step, parts.write(step, 0, NEW_MEMORY), 0, NEW_MEMORY)
         target = roles.target(settings.recipe)
-        batch = batch_to_train_on(settings, mesh, roles.student, target, step, trajectories)
+        batch = batch_to_train_on(settings, mesh, roles, step, trajectories)
         assert len(trajectories) == 8 and batch is not None, cell
         assert (batch.target_tokens_BT.shape[1] == 1) == (target is None), cell
         kept = [t for t in trajectories if not t.dropped]
-        assert np.count_nonzero(batch.weight_BR) == sum(len(t.response) for t in kept) > 0, cell
+        opening = len(roles.student.chat.opening) if settings.recipe.target.context == "rewrite" else 0
+        assert np.count_nonzero(batch.weight_BR) == sum(len(t.response) - opening for t in kept) > 0, cell
     assert len(by_target) > 200
 
 
@@ -242,6 +244,45 @@ def opened(settings: RunConfig):
     if key not in ROLES:
         ROLES[key] = open_roles(settings)
     return ROLES[key]
+
+
+def test_a_target_that_reads_a_draft_reads_what_the_rewriter_read(monkeypatch):
+    """Trimmed alike, its own thinking closed; it scores reasoning, answer and end."""
+    monkeypatch.setattr(samplers, "make_sampler", scripted)
+    cell = ("student", "repair by student", "teacher / rewrite", "forward_kl")
+    settings = resolved(cell, "recipe.rewrite.window=390", "recipe.rewrite.by=teacher")
+    roles, mesh, step = open_roles(settings), make_mesh(settings.mesh), problems()[:8]
+    made = samplers.make_samplers(settings, roles, mesh, lambda trained: trained, lambda *_: pytest.fail())
+    asked: list[tuple[int, ...]] = []
+    sample = made.rewriter.sample
+    made.rewriter.sample = lambda requests, *how: asked.extend(r.prompt for r in requests) or sample(requests, *how)
+    with GraderPool("rules") as graders:
+        parts = rollouts.recipe_parts(settings, roles, made, graders, Screen(quiet=True).bar)
+        rewritten = parts.rewrite(step, parts.write(step, 0, NEW_MEMORY), 0, NEW_MEMORY)
+    assert sum(t.trimmed > 0 for t in rewritten) > 0 and not any(t.dropped for t in rewritten)
+    reads, chat = target_prompt(settings, roles, step), roles.student.chat
+    for t, prompt in zip(rewritten, asked, strict=True):
+        scored = as_scored(settings, roles, t)
+        assert reads(t) == (*prompt, *chat.encode("<think>\n\n</think>\n\n"))
+        assert scored.prompt + scored.response == t.prompt + t.response
+        assert chat.text(scored.prompt).endswith("<think>\n") and not chat.text(scored.response).startswith("<think>")
+
+
+def test_the_axes_hold_every_value_that_a_config_may_hold():
+    held = {
+        (axis, key): {cell.get(key) for cell in values.values()} - {None}
+        for axis, values in AXES.items()
+        for key in ("by", "how", "weights", "context", "kind")
+    }
+    for axis, key, owner in (
+        ("write", "by", WriteConfig),
+        ("rewrite", "by", RewriteConfig),
+        ("rewrite", "how", RewriteConfig),
+        ("target", "weights", TargetConfig),
+        ("target", "context", TargetConfig),
+        ("loss", "kind", LossConfig),
+    ):
+        assert held[axis, key] == set(get_args(get_type_hints(owner)[key])), (axis, key)
 
 
 def test_the_array_holds_every_pair_that_any_cell_holds():

@@ -53,7 +53,7 @@ REFUSED = [
     ),
     (
         {"rewrite": {"how": "compress", "grader": "math_verify"}},
-        "recipe.rewrite.grader: 'math_verify' judges the rule 'correct'",
+        "recipe.rewrite.grader: 'math_verify' judges the rules",
     ),
     (
         {

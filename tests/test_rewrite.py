@@ -123,6 +123,8 @@ CUT = "<think>\nOkay, let me think step by step.\nSo 7+8"
         (keep.ORIGINAL_UNFINISHED, GOOD, {"keep": ("finished",), "original": CUT}),
         (keep.KEPT, GOOD, {"original": CUT}),
         (keep.KEPT, GOOD, {"keep": ("finished",)}),
+        (keep.ORIGINAL_WRONG, GOOD, {"keep": ("original_correct",), "original": CUT}),
+        (keep.KEPT, "7+8=16.\n####\n\\boxed{16}<|im_end|>", {"keep": ("original_correct",)}),
         (keep.LONGER, "7+8=15. " * 9 + "\n####\n\\boxed{15}<|im_end|>", {"keep": ("shorter",)}),
         (keep.LONGER, LONG[8:-10].replace("\n</think>\n\n", "\n####\n") + "<|im_end|>", {"keep": ("shorter",)}),
         (keep.KEPT, "7+8=15. " * 9 + "\n####\n\\boxed{15}<|im_end|>", {}),
@@ -281,6 +283,7 @@ STEPS = "I have 7.\nWait, 7+8 = 16. No, 7+8 = 15. Let me check: 15-8=7.\nYes, {1
         ("16", "I have 7.\nWait, 7+8 = 16."),
         ("7", "I have 7."),
         ("$15.00$", "I have 7.\nWait, 7+8 = 16. No, 7+8 = 15."),
+        ("\\boxed{15}", "I have 7.\nWait, 7+8 = 16. No, 7+8 = 15."),
         ("99", None),
     ],
 )

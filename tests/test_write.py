@@ -49,6 +49,15 @@ def test_a_written_trajectory_tells_its_origin(chat):
     assert t.prompt == sampler.requests[0].prompt == chat.prompt("plain", PROBLEMS[0])
 
 
+def test_ids_of_a_writer_that_read_another_prompt_go_on_as_text(chat, tmp_path):
+    """A teacher that does not think writes no end of a thinking span, and the student's prompt wants one."""
+    silent = make_chat(tmp_path, thinking=False)
+    sampler = StubSampler(silent, "7+8 is \\boxed{15}<|im_end|>")
+    (t,) = ModelWriter("teacher", sampler, silent, chat, SamplingConfig(), 1, 0)(PROBLEMS[:1], 0)
+    assert t.ended == "assembled" and chat.split(t.response).closed
+    assert chat.answer_text(t.response) == "7+8 is \\boxed{15}"
+
+
 def test_the_teacher_s_weights_have_one_version(chat):
     written = writer(chat, StubSampler(chat, TEXT), role="teacher")(PROBLEMS, 3)
     assert {(t.writer, t.version) for t in written} == {("teacher", 0)}

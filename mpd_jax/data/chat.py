@@ -126,6 +126,16 @@ class Chat:
         """What this model's template writes after an answer, EOS last."""
         return self._seams.end
 
+    @property
+    def opening(self) -> Ids:
+        """What an assembled response begins with, before its reasoning."""
+        return self.encode(self._seams.before)
+
+    @property
+    def no_thoughts(self) -> Ids:
+        """What an assembled response without any reasoning begins with, before its answer."""
+        return self.encode(self._seams.before + self._seams.middle) if self.thinks else ()
+
     # Prompts
 
     def prompt(self, context: str, problem: Problem, draft: str | None = None) -> Ids:
@@ -190,10 +200,7 @@ class Chat:
         seams, reasoning = self._seams, self._strip(reasoning)
         if answer is None:
             return self.encode(seams.before) + reasoning
-        if reasoning:
-            head = self.encode(seams.before) + self._join(reasoning, seams.middle)
-        else:
-            head = self.encode(seams.before + seams.middle) if self.thinks else ()
+        head = self.encode(seams.before) + self._join(reasoning, seams.middle) if reasoning else self.no_thoughts
         return head + self._strip(self._without_end(answer))
 
     def with_own_end(self, response: Ids) -> Ids:

@@ -65,4 +65,6 @@ def check_contexts(contexts: Contexts) -> None:
             missing = ", ".join(f"{{{name}}}" for name in sorted(wanted - found))
             extra = ", ".join(f"{{{name}}}" for name in sorted(found - wanted))
             remedy = f"add {missing}" if missing else f"remove {extra}"
+            if field.name == "concise":
+                remedy += f", or name one of {', '.join(CONCISE)}"
             raise UserError(f"recipe.contexts.{field.name}: {text!r} cannot be used; {remedy}")

@@ -13,7 +13,7 @@
 | CRISP, first named OPSDC (2603.05433) | student | nobody | self_refreshed(50) / concise | reverse_kl | `crisp.yaml` |
 | OPSD (2601.18734) | student | nobody | self_frozen / privileged | forward_kl | `opsd.yaml` |
 | TRD (2606.08432) | student | repair by teacher | teacher / rewrite | forward_kl | `trd.yaml` |
-| Compress-Distill | teacher | compress by a third model, correct | none | cross_entropy | `compress_distill.yaml` |
+| Compress-Distill | teacher | compress by a third model, original_correct | none | cross_entropy | `compress_distill.yaml` |
 | its truncation control | teacher | truncate, correct | none | cross_entropy | `compress_distill_truncation.yaml` |
 | its raw arm | teacher | nobody, correct | none | cross_entropy | `compress_distill_raw.yaml` |
 | its answer-only arm | teacher | truncate to 0, correct | none | cross_entropy | `compress_distill_answer_only.yaml` |

@@ -22,8 +22,10 @@ NO_ANSWER = "no_answer"  # the rewrite marks no answer although the problem or t
 ORIGINAL_UNFINISHED = "original_unfinished"  # keep rule `finished`
 LONGER = "longer"  # keep rule `shorter`: not fewer tokens than the original
 ANSWER_CHANGED = "answer_changed"  # keep rule `same_answer`; also where the original has no answer
+ORIGINAL_WRONG = "original_wrong"  # keep rule `original_correct`
 WRONG = "wrong"  # keep rule `correct`, and no right step for earliest_correct_prefix to end at
-VERDICTS = (KEPT, TOO_LONG, UNFINISHED, MALFORMED, NO_ANSWER, ORIGINAL_UNFINISHED, LONGER, ANSWER_CHANGED, WRONG)
+VERDICTS = (KEPT, TOO_LONG, UNFINISHED, MALFORMED, NO_ANSWER, ORIGINAL_UNFINISHED, ORIGINAL_WRONG, LONGER)
+VERDICTS += (ANSWER_CHANGED, WRONG)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ def finished(case: Case) -> bool:
     return has_finished(case.chat, case.original)
 
 
+def original_correct(case: Case) -> bool:
+    """The original gives the reference answer, by recipe.rewrite.grader (Compress-Distill). Asked before a rewrite."""
+    return case.correct(case.answers[0], reference(case.problem))
+
+
 def shorter(case: Case) -> bool:
     """Fewer tokens than the original."""
     return len(case.rewrite.response) < len(case.original.response)
@@ -68,14 +75,22 @@ def correct(case: Case) -> bool:
     return case.correct(case.answers[1], reference(case.problem))
 
 
-RULES: dict[str, Rule] = {"finished": finished, "shorter": shorter, "same_answer": same_answer, "correct": correct}
-TURNED_DOWN = {"finished": ORIGINAL_UNFINISHED, "shorter": LONGER, "same_answer": ANSWER_CHANGED, "correct": WRONG}
+# By name: the rule, and the verdict on what it turns down.
+RULES: dict[str, tuple[Rule, str]] = {
+    "finished": (finished, ORIGINAL_UNFINISHED),
+    "original_correct": (original_correct, ORIGINAL_WRONG),
+    "shorter": (shorter, LONGER),
+    "same_answer": (same_answer, ANSWER_CHANGED),
+    "correct": (correct, WRONG),
+}
+BEFORE = ("finished", "original_correct")  # those that need no rewrite
+GRADED = ("original_correct", "correct")  # those that need reference answers
 
 
 def rule(name: str) -> tuple[Rule, str]:
     """The rule of that name or import path, and the verdict on what it turns down: not_NAME for one's own."""
-    found = named("recipe.rewrite.keep", name, RULES)
-    return found, TURNED_DOWN.get(name, f"not_{name.rpartition(':')[2]}")
+    found = named("recipe.rewrite.keep", name, {each: holds for each, (holds, _) in RULES.items()})
+    return (found, RULES[name][1]) if name in RULES else (found, f"not_{name.rpartition(':')[2]}")
 
 
 def rules_correct(answer_text: str, reference: str) -> bool:
@@ -83,10 +98,10 @@ def rules_correct(answer_text: str, reference: str) -> bool:
 
 
 def reference(problem: Problem) -> str:
-    """The reference answer that `correct` and earliest_correct_prefix need; UserError where there is none."""
+    """The reference answer, for `GRADED` and earliest_correct_prefix; UserError where there is none."""
     if problem.answer is None:
         raise UserError(
-            f"recipe.rewrite: problem {problem.id!r} has no reference answer, and the keep rule 'correct' and "
+            f"recipe.rewrite: problem {problem.id!r} has no reference answer, and the rules {' and '.join(GRADED)} and "
             "how=earliest_correct_prefix need one; name their column in problems.columns.answer, or do without them"
         )
     return problem.answer
@@ -105,9 +120,11 @@ class Judge:
     fallback: Literal["drop", "original"]
     correct: Callable[[str, str], bool] = rules_correct
 
-    def before(self, original: Trajectory) -> str | None:
+    def before(self, problem: Problem, original: Trajectory) -> str | None:
         """The verdict that needs no rewrite, or None."""
-        return ORIGINAL_UNFINISHED if "finished" in self.keep and not has_finished(self.chat, original) else None
+        case = Case(problem, original, original, self.chat, self.correct)
+        verdict = self.by_rules(case, [name for name in self.keep if name in BEFORE])
+        return None if verdict == KEPT else verdict
 
     def after(self, problem: Problem, original: Trajectory, rewrite: Trajectory) -> str:
         """The verdict on a well-formed rewrite: of the first rule, in the order of the config, that turns it down."""
@@ -116,11 +133,11 @@ class Judge:
         expected = problem.answer is not None or grade.extract_answer(old) is not None
         if expected and grade.extract_answer(new) is None:
             return NO_ANSWER
-        return self.by_rules(case)
+        return self.by_rules(case, [name for name in self.keep if name not in BEFORE])
 
-    def by_rules(self, case: Case) -> str:
+    def by_rules(self, case: Case, names: Sequence[str]) -> str:
         """KEPT, or the verdict of the first rule that turns the case down."""
-        for holds, verdict in map(rule, self.keep):
+        for holds, verdict in map(rule, names):
             if not holds(case):
                 return verdict
         return KEPT

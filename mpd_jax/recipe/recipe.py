@@ -7,7 +7,7 @@ owners; what depends on models, problems or sizes is checked where those are kno
 from dataclasses import dataclass, field
 
 from mpd_jax.data.contexts import Contexts, check_contexts
-from mpd_jax.recipe.keep import rule
+from mpd_jax.recipe.keep import GRADED, rule
 from mpd_jax.recipe.loss import LossConfig
 from mpd_jax.recipe.rewrite import RewriteConfig
 from mpd_jax.recipe.target import TargetConfig
@@ -85,9 +85,9 @@ def _keep_reasons(rewrite: RewriteConfig) -> list[tuple[bool, str]]:
             "leave it at drop, or set how to compress or truncate",
         ),
         (
-            rewrite.grader != "rules" and "correct" not in rewrite.keep,
-            f"recipe.rewrite.grader: {rewrite.grader!r} judges the rule 'correct', and recipe.rewrite.keep does not "
-            "name it; add correct to keep, or leave grader at rules",
+            rewrite.grader != "rules" and not set(GRADED).intersection(rewrite.keep),
+            f"recipe.rewrite.grader: {rewrite.grader!r} judges the rules {' and '.join(GRADED)}, and "
+            "recipe.rewrite.keep names neither; add one to keep, or leave grader at rules",
         ),
         (
             len(set(rewrite.keep)) < len(rewrite.keep),

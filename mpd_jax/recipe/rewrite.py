@@ -77,7 +77,7 @@ class Nobody:
         return [self._judged(by_id[t.problem_id], t) for t in written] if self.judge.keep else list(written)
 
     def _judged(self, problem: Problem, t: Trajectory) -> Trajectory:
-        verdict = self.judge.by_rules(Case(problem, t, t, self.judge.chat, self.judge.correct))
+        verdict = self.judge.by_rules(Case(problem, t, t, self.judge.chat, self.judge.correct), self.judge.keep)
         return t if verdict == keep.KEPT else replace(t, verdict=verdict, dropped=True)
 
 
@@ -132,10 +132,10 @@ class ModelRewriter:
         requests: dict[int, Request] = {}
         trimmed: dict[int, int] = {}
         for at, original in enumerate(written):
-            verdict, prompt = self.judge.before(original), None
+            problem, prompt = by_id[original.problem_id], None
+            verdict = self.judge.before(problem, original)
             if verdict is None:
                 draft = self.judge.chat.draft(original.response)
-                problem = by_id[original.problem_id]
                 prompt = rewriting_prompt(self.chat, self.how, problem, draft, self.room, self.too_long)
             if prompt is None:
                 verdict = verdict or keep.TOO_LONG
@@ -203,7 +203,7 @@ class Cut:
     def _cut(self, problem: Problem, original: Trajectory) -> Trajectory:
         chat = self.judge.chat
         parts = chat.split(original.response)
-        early = self.judge.before(original)
+        early = self.judge.before(problem, original)
         if early is not None or not keep.has_finished(chat, original) or parts.reasoning is None:
             return replace(original, verdict=early or keep.UNFINISHED, original=original)
         left = self.kept(problem, parts.reasoning)
@@ -239,10 +239,11 @@ class EarliestCorrectPrefix(Cut):
 
     def kept(self, problem: Problem, reasoning: Sequence[int]) -> int | None:
         chat, answer = self.judge.chat, keep.reference(problem)
+        answer = grade.extract_boxed(answer) or answer
         text, start = chat.text(reasoning), 0
         for end in (match.end() for match in _SENTENCE_END.finditer(text)):
             found = _CONCLUSION.findall(text[start:end])
-            if found and grade.equal(found[-1].removeprefix("\\boxed{").removesuffix("}"), answer):
+            if found and grade.equal(grade.extract_boxed(found[-1]) or found[-1], answer):
                 return chat.tokens_through(reasoning, end)
             start = end
         return None

@@ -51,7 +51,10 @@ class ModelWriter:
             for problem, attempt in asked
         ]
         responses = self.sampler.sample(requests, self.sampling, progress)
-        same_ids = self.chat.vocab_fingerprint() == self.chat_student.vocab_fingerprint()
+        # Ids go on as they are where both read the same prompt: else a thinking span may be open on one side alone.
+        same_ids = self.chat.vocab_fingerprint() == self.chat_student.vocab_fingerprint() and all(
+            self.chat.prompt("plain", p) == self.chat_student.prompt("plain", p) for p in problems[:1]
+        )
         return [
             self._trajectory(problem, attempt, response, same_ids)
             for (problem, attempt), response in zip(asked, responses, strict=True)

@@ -141,44 +141,6 @@ def test_no_adapter_is_exported_of_a_run_that_trained_all_weights(run_dir, tmp_p
     assert code == 2 and "--adapter" in error and "trained all weights" in error
 
 
-DATASET = ["recipe.write.by=dataset", "recipe.loss={kind: jsd, stabiliser: rescale}"]
-SELF_COMPRESSED = ["recipe.rewrite.by=student", "recipe.loss={kind: mix, stabiliser: per_entry}"]
-
-
-@pytest.mark.parametrize(
-    ("name", "overrides"),
-    [
-        ("on_policy", ["recipe.rewrite={how: nobody}"]),
-        ("off_policy", ["recipe.write.by=teacher", "recipe.rewrite={how: nobody}", "recipe.loss.kind=forward_kl"]),
-        (
-            "crisp",
-            ["recipe.rewrite={how: nobody}", "recipe.target={weights: self_refreshed, context: concise, every: 1}"],
-        ),
-        (
-            "truncation",
-            [
-                "recipe.write.by=dataset",
-                "recipe.rewrite={how: truncate, truncate_ratio: 0.5, fallback: original}",
-                "recipe.target={weights: none}",
-                "recipe.loss={kind: cross_entropy, reduction: sum}",
-            ],
-        ),
-        pytest.param("dataset", DATASET, marks=pytest.mark.slow),
-        pytest.param("self_compressed", SELF_COMPRESSED, marks=pytest.mark.slow),
-    ],
-)
-def test_other_recipes_are_overrides(name, overrides, tmp_path):
-    from mpd_jax import config, run
-
-    path = tmp_path / name
-    run.train(config.load(QUICKSTART, [*SMALL, "eval.concise_row=false", f"run.dir={path}", *overrides]))
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 2
-    trained = [row for row in rows if row["loss"] is not None]
-    assert trained, f"every trajectory of {name} was dropped: {rows}"
-    assert all(row["finite"] and row["grad_norm"] > 0 for row in trained)
-
-
 def test_the_papers_config_shrunk_by_overrides_alone_runs_on_eight_devices(tmp_path):
     """configs/mpd.yaml: adapter, bfloat16, clipping, fsdp over all devices; its models and sizes made smaller."""
     from mpd_jax import config, run
