@@ -58,7 +58,7 @@ class GuardsConfig:
     entropy:    student_entropy, nats a token. tokens: written_tokens, the mean length of what was written.
     divergence: nats a token. finished: the share of written trajectories that ended by themselves.
     patience:   steps in a row outside before the action; a step without the figure is passed over. While a band that
-                stops or rolls back is left no checkpoint is written.
+                stops or rolls back is left no checkpoint is written, but of the last step.
     learning_rate_factor: of every rollback; it stays for the rest of the run.
     max_rollbacks: after so many a rollback becomes a stop.
     """
