@@ -122,7 +122,7 @@ def test_a_stop_and_a_rollback_too_many_leave_the_last_good_checkpoint_and_say_w
         assert (found.good, found.left) == (None, [8])
         assert "guards.entropy: 0 at step 8, outside low = 0.5, high = 1.5: stopped" in found.said
         assert "it goes on from step 7" in found.said and "widen guards.entropy" in found.said
-    assert "after guards.max_rollbacks = 1 rollbacks. learning_rate_scale = 1 stays. Raise guards.max" in found.said
+    assert "after guards.max_rollbacks = 1 rollbacks; learning_rate_scale = 1 stays. Raise guards.max" in found.said
 
 
 def test_where_the_start_itself_is_outside_there_is_nothing_to_go_back_to():
@@ -336,6 +336,17 @@ def test_a_rollback_that_removes_no_checkpoint_is_remembered_too(straight, tmp_p
     state, _, written = run(tmp_path, collapse, GUARDS)
     jax.tree.map(np.testing.assert_array_equal, state, straight[0])
     assert [step for step, rollbacks, _ in written if rollbacks == 0] == []
+
+
+def test_what_is_used_again_after_a_rollback_is_from_before_it_also_in_a_run_that_was_killed(tmp_path, monkeypatch):
+    whole, _, _ = run(tmp_path / "whole", collapse, GUARDS, max_age=2)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Records, "forget_after", dies)
+        run(tmp_path / "killed", collapse, GUARDS, max_age=2)
+    state, _, _ = run(tmp_path / "killed", collapse, GUARDS, max_age=2)
+    jax.tree.map(np.testing.assert_array_equal, state, whole)
+    rows = rows_without_times(tmp_path / "whole")
+    assert rows_without_times(tmp_path / "killed") == rows and all(row["reused"] for row in rows[2:])
 
 
 @pytest.mark.parametrize(("at", "save_every"), [(4, 2), (5, 2), (6, 2), (5, 1)])

@@ -192,13 +192,13 @@ def answer(
     if one.first == 0:
         return Answer(f"{said}: the weights that the run starts from are outside; widen guards.{one.name}", since)
     if one.action == "stop" or count >= config.max_rollbacks:
-        why = f" after guards.max_rollbacks = {config.max_rollbacks} rollbacks" if one.action == "rollback" else ""
-        last = max((step for step in saved if step < one.origin), default=0)
-        remedy = f"Lower train.learning_rate, or widen guards.{one.name}, and run the same command again"
+        why, remedy = "", "Lower"
         if one.action == "rollback":
-            scale = f"learning_rate_scale = {memory['learning_rate_scale']:g} stays"
-            remedy = f"{scale}. Raise guards.max_rollbacks, lower train.learning_rate, or widen guards.{one.name}, and"
-            remedy += " run the same command again"
+            why = f" after guards.max_rollbacks = {config.max_rollbacks} rollbacks"
+            why += f"; learning_rate_scale = {memory['learning_rate_scale']:g} stays"
+            remedy = "Raise guards.max_rollbacks, lower"
+        last = max((step for step in saved if step < one.origin), default=0)
+        remedy += f" train.learning_rate, or widen guards.{one.name}, and run the same command again"
         return Answer(f"{said}: stopped{why}. {remedy}: it goes on from step {last}, from before that", since)
     # Only to one that a run that was never stopped has, too.
     good = max((step for step in saved if step < one.origin and step % every == 0), default=0)
