@@ -92,6 +92,8 @@ def batch_of(
 def pass_rates(problems: Sequence[Problem], trajectories: Sequence[Trajectory], chat: Chat) -> dict[str, float]:
     """Problem id -> the share of its attempts, as they were written, whose answer is right by plain rules; 0.5 where
     there is no reference answer to tell by."""
-    written = [t.original or t for t in trajectories]
-    shares = {p.id: share_right([p], [t for t in written if t.problem_id == p.id], chat) for p in problems}
+    written: dict[str, list[Trajectory]] = {problem.id: [] for problem in problems}
+    for t in trajectories:
+        written[t.problem_id].append(t.original or t)
+    shares = {problem.id: share_right([problem], written[problem.id], chat) for problem in problems}
     return {id: 0.5 if share is None else share for id, share in shares.items()}

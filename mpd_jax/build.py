@@ -23,6 +23,7 @@ from mpd_jax.data.contexts import Contexts
 from mpd_jax.data.problems import ProblemsConfig, ProblemSet, read, refuse_overlap
 from mpd_jax.eval.grade import GraderPool
 from mpd_jax.files import AnyPath, Lines
+from mpd_jax.named import source
 from mpd_jax.recipe import keep, target, write
 from mpd_jax.recipe.recipe import Recipe
 from mpd_jax.roles import ModelFiles, Roles, open_model, open_roles
@@ -31,7 +32,7 @@ from mpd_jax.samplers import load_frozen, make_samplers, served_elsewhere
 from mpd_jax.sampling.agreement import Agreement
 from mpd_jax.sampling.probe import PROMPTS
 from mpd_jax.sampling.sampler import Sampler
-from mpd_jax.sampling.vllm_client import Push
+from mpd_jax.sampling.vllm_client import Push, VLLMSampler
 from mpd_jax.sampling.weight_push import WeightPush
 from mpd_jax.scoring import scoring
 from mpd_jax.serving import Secrets, Serving, unproved
@@ -185,7 +186,9 @@ def build(
     refuse_overlap(training, heldout)
     require_what_is_read(config.recipe, training)
     check_sizes(config, roles, mesh, [*training, *heldout[: config.eval.problems]])
-    hosts.require_same("the config, the problems or the version of mpd-jax", _digest(config, training, heldout))
+    hosts.require_same(
+        "the config, its functions, the problems or the version of mpd-jax", _digest(config, training, heldout)
+    )
     for key, fingerprint in roles.fingerprints(config.recipe).items():
         hosts.require_same(f"{key}: a file of the model", fingerprint)
     hosts.check()
@@ -261,6 +264,7 @@ def build(
             guards=config.guards if config.guards.bands else None,
             curriculum=config.sampling.curriculum,
             start=start,
+            leaving=samplers.student.forget_after if isinstance(samplers.student, VLLMSampler) else None,
             say=say,
         )
         close = stack.pop_all().close
@@ -320,6 +324,8 @@ def _update(
 def _digest(config: RunConfig, *problems: Sequence[Problem]) -> str:
     """A hash of what every process has to have read alike."""
     digest = hashlib.blake2b(repr((__version__, jax.__version__, config)).encode(), digest_size=16)
+    for name in (config.recipe.loss.token_weight, *config.recipe.rewrite.keep):
+        digest.update(source(name))
     for problem in (problem for split in problems for problem in split):
         digest.update(repr(problem).encode())
     return digest.hexdigest()

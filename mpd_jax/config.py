@@ -333,7 +333,8 @@ def _check_training(config: RunConfig) -> None:
 
 
 def _check_guards(config: RunConfig) -> None:
-    """Before a band is left there is a checkpoint that is good; and a curriculum is the student's."""
+    """Before a band is left there is a checkpoint that is good, and no setting is without its band; and a curriculum is
+    the student's."""
     curriculum, longest, by = config.sampling.curriculum, config.sampling.writer.max_tokens, config.recipe.write.by
     if curriculum and by != "student":
         raise UserError(
@@ -345,6 +346,15 @@ def _check_guards(config: RunConfig) -> None:
             f"sampling.curriculum.caps: {list(curriculum.caps)} end above sampling.writer.max_tokens = {longest}; "
             "lower them, or raise that"
         )
+    actions, unused = {band.action for band in config.guards.bands.values()}, GuardsConfig()
+    for key, needed, there in (
+        ("patience", "a band", bool(actions)),
+        ("learning_rate_factor", "a band with action=rollback", "rollback" in actions),
+        ("max_rollbacks", "a band with action=rollback", "rollback" in actions),
+    ):
+        value = getattr(config.guards, key)
+        if value != getattr(unused, key) and not there:
+            raise UserError(f"guards.{key}: {value} has no effect without {needed}; add one, or remove {key}")
     # A look-ahead writes with weights that are one older: one more checkpoint may be of the excursion.
     needed = 2 + config.sampling.lookahead
     if config.guards.strict and config.train.keep < needed:
@@ -410,7 +420,14 @@ def _check_sampled_loss(config: RunConfig) -> None:
     """What `policy_gradient` trains on was drawn from the distribution that it trains."""
     if config.recipe.loss.kind != "policy_gradient":
         return
-    sampling = config.sampling
+    sampling, room = config.sampling, config.train.max_length
+    longest = sampling.prompt_tokens + sampling.writer.max_tokens
+    if room < longest:
+        raise UserError(
+            f"train.max_length: {room} leaves whole trajectories out for their length, and recipe.loss.kind="
+            f"policy_gradient would be biased towards what ends early; raise it to {longest}, which is "
+            "sampling.prompt_tokens + sampling.writer.max_tokens, or lower those"
+        )
     for key, value, neutral, why in (
         ("writer.temperature", sampling.writer.temperature, 1.0, "draws from another distribution than is trained"),
         ("writer.top_p", sampling.writer.top_p, 1.0, "leaves out tokens that the student gives mass"),

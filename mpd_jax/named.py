@@ -2,7 +2,9 @@
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 from mpd_jax.types import UserError
 
@@ -29,6 +31,16 @@ def named(key: str, name: str, table: Mapping[str, Callable]) -> Callable:
         own = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
         raise UserError(f"{key}: {name!r} is not allowed: {where} has no such function; {_near(attribute, own)}")
     return found
+
+
+def source(name: str) -> bytes:
+    """The file that an import path leads to; empty for a name of the package's own, and where there is none."""
+    where, colon, _ = name.partition(":")
+    try:
+        file = inspect.getsourcefile(importlib.import_module(where)) if colon else None
+    except TypeError:  # a module that Python itself holds
+        file = None
+    return Path(file).read_bytes() if file else b""
 
 
 def _near(name: str, names: Iterable[str]) -> str:

@@ -138,7 +138,7 @@ def telling_what_is_saved(checkpoints: Checkpoints) -> Iterator[None]:
         yield
     except hosts.Stopped:
         step = checkpoints.latest()
-        nothing = "stopped before the first update, so there was nothing to save"
+        nothing = "stopped before the first checkpoint, so there is nothing to go on from but the start"
         raise hosts.Stopped(nothing if step is None else f"stopped and saved after step {step}") from None
 
 
@@ -333,7 +333,8 @@ def recorded_cost(run_dir: AnyPath, start: int, steps: int, began: float) -> Ite
     def saving(step: int) -> None:
         nonlocal done
         done, seconds = step, time.perf_counter() - began
-        line = {"steps": done - start, "seconds": round(seconds, 3), "peak_memory_bytes": peak_memory()}
+        gained = max(done - start, 0)  # a rollback may go behind where this process began
+        line = {"steps": gained, "seconds": round(seconds, 3), "peak_memory_bytes": peak_memory()}
         write_atomically(path, f"{lines}{json.dumps(line)}\n")
 
     try:

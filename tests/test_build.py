@@ -6,6 +6,7 @@ import pytest
 
 from mpd_jax import build, config, hosts
 from mpd_jax.build import check_sizes, require_what_is_read
+from mpd_jax.named import source
 from mpd_jax.roles import ModelFiles, open_roles
 from mpd_jax.sharding import make_mesh
 from mpd_jax.types import Problem, UserError
@@ -54,6 +55,20 @@ def test_a_host_whose_model_is_another_is_named_with_the_section_before_weights_
     monkeypatch.setattr(ModelFiles, "weights", None)
     with pytest.raises(UserError, match="teacher: a file of the model: process 1 of 2 has read something else"):
         build.build(settings, tmp_path, print, print, lambda title, total: nullcontext(print), roles=roles)
+
+
+@pytest.mark.parametrize("key", ["recipe.loss.token_weight={}", "recipe.rewrite.keep=[finished,{}]"])
+def test_a_host_on_which_a_function_of_the_config_is_another_is_told(tmp_path, monkeypatch, key):
+    monkeypatch.syspath_prepend(tmp_path)
+    module = f"own_{'weight' if 'weight' in key else 'rule'}"
+    file = tmp_path / f"{module}.py"
+    file.write_text("def mine(stats):\n    return stats.counts")
+    settings = config.load(QUICKSTART, [key.format(f"'{module}:mine'")])
+    here = build._digest(settings)
+    assert build._digest(settings) == here
+    file.write_text("def mine(stats):\n    return 2 * stats.counts")
+    assert build._digest(settings) != here
+    assert source("math:sqrt") == source("finished") == b""
 
 
 @pytest.mark.parametrize("loaded", [0, 1, 2])

@@ -293,7 +293,10 @@ def test_checkpoints_that_were_left_are_none_and_the_one_gone_back_to_has_what_t
     again.leave([])  # a stop that leaves none forgets no rollback
     assert opened(tmp_path, keep=3).restore(abstract(state)).memory["rollbacks"] == 1
     assert opened(tmp_path, keep=3).restore_one(abstract(state), 4).memory["rollbacks"] == 1
-    assert opened(tmp_path, keep=3).restore_one(abstract(state), 2).memory["rollbacks"] == 0
+    damage(saved.directory / "4", "no metadata")  # what a rollback remembers outlives what it went to
+    assert opened(tmp_path, keep=3, read_only=True).restore_one(abstract(state), 6).memory["rollbacks"] == 1
+    damage(saved.directory / "6", "no metadata")
+    assert opened(tmp_path, keep=3).restore(abstract(state)).memory == {"rollbacks": 1, "skipped_updates": 4}
 
 
 def test_checkpoints_that_a_rollback_may_go_to_are_not_crowded_out_by_others(tmp_path, opened):
@@ -302,6 +305,10 @@ def test_checkpoints_that_a_rollback_may_go_to_are_not_crowded_out_by_others(tmp
         saved.save(state._replace(step=step))
     saved.wait()
     assert steps_in(saved) == [8, 12, 14, 15]
+    for step in (16, 17, 18):
+        saved.save(state._replace(step=step), good=step != 16)
+    saved.wait()
+    assert steps_in(saved) == [8, 12, 17, 18]
 
 
 ONE_CANNOT_READ = """

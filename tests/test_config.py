@@ -143,6 +143,21 @@ def test_a_band_that_goes_back_needs_a_checkpoint_from_before_the_last_one():
         config.load(QUICKSTART, [band, *ahead])
 
 
+def test_what_a_guard_s_setting_needs_is_there():
+    for key, bands in (
+        ("patience=2", ["warn"]),
+        ("learning_rate_factor=0.1", ["rollback"]),
+        ("max_rollbacks=1", ["rollback"]),
+    ):
+        for action in (None, "warn", "rollback"):
+            band = [f"guards.tokens={{action: {action}, low: 9}}"] if action else []
+            if action == "rollback" or action in bands:
+                config.load(QUICKSTART, [*band, f"guards.{key}"])
+                continue
+            with pytest.raises(UserError, match=rf"guards.{key.replace('=', ': ')} has no effect without a band"):
+                config.load(QUICKSTART, [*band, f"guards.{key}"])
+
+
 def test_a_curriculum_is_the_student_s():
     overrides = ["sampling.curriculum={caps: [64, 128], min_entropy: 0.1}", "recipe.write.by=teacher"]
     with pytest.raises(UserError, match=r"sampling.curriculum: .*recipe.write.by is teacher"):
@@ -234,6 +249,7 @@ ON_POLICY = ["recipe.rewrite.how=nobody", "recipe.loss.kind=policy_gradient"]
         ("sampling.writer.top_p=0.9", "0.9 leaves out tokens that the student gives mass"),
         ("sampling.writer.top_k=20", "20 leaves out tokens"),
         ("sampling.lookahead=1", "1 has older weights write the text"),
+        ("train.max_length=351", "351 leaves whole trajectories out for their length, and recipe.loss.kind=policy_gra"),
     ],
 )
 def test_what_would_bias_a_sampled_loss_is_refused(override, said):

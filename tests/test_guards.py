@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ from etils import epath
 from mpd_jax import hosts
 from mpd_jax.train.checkpoint import Checkpoints
 from mpd_jax.train.guards import Action, Band, GuardsConfig, GuardStop, answer, excursion, suspect, tripped
-from mpd_jax.train.loop import train
+from mpd_jax.train.loop import _Run, train
 from mpd_jax.train.metrics import Metrics, read_rows
 from mpd_jax.train.records import Records
 from mpd_jax.train.state import NEW_MEMORY, RunState, Trained, abstract
@@ -102,10 +105,14 @@ def test_a_rollback_goes_to_the_last_due_checkpoint_before_the_weights_that_firs
     assert (found.good, found.left) == (6, [7, 8])
     assert found.memory == {"rollbacks": 2, "learning_rate_scale": 0.25}
     assert answer(config(), one, memory, [8], every=2)[1:3] == ([8], 0)
-    # Written by weights of an update before: those are no better.
-    stale = [{**row, "staleness": 1} for row in series("entropy", [0] * 8 + [-1])]
-    one = tripped(config(), stale, 10)[0]
-    assert answer(config(), one, memory, [6, 7, 8], every=1).good == 6
+
+
+@pytest.mark.parametrize(("name", "origin"), [("entropy", 8), ("divergence", 8), ("tokens", 7), ("finished", 7)])
+def test_text_that_was_made_by_older_weights_blames_those_and_text_that_is_used_again_none(name, origin):
+    rows = [{**row, "made_staleness": 1, "staleness": 5} for row in series(name, [0] * 8 + [-1])]
+    one = tripped(config(name), rows, 10)[0]
+    assert (one.first, one.origin) == (8, origin)
+    assert answer(config(name), one, NEW_MEMORY, [6, 7, 8], every=1).good == origin - 1
 
 
 def test_a_stop_and_a_rollback_too_many_leave_the_last_good_checkpoint_and_say_what_to_change():
@@ -115,7 +122,7 @@ def test_a_stop_and_a_rollback_too_many_leave_the_last_good_checkpoint_and_say_w
         assert (found.good, found.left) == (None, [8])
         assert "guards.entropy: 0 at step 8, outside low = 0.5, high = 1.5: stopped" in found.said
         assert "it goes on from step 7" in found.said and "widen guards.entropy" in found.said
-    assert "after guards.max_rollbacks = 1 rollbacks" in found.said
+    assert "after guards.max_rollbacks = 1 rollbacks; learning_rate_scale = 1 stays. Raise guards.max" in found.said
 
 
 def test_where_the_start_itself_is_outside_there_is_nothing_to_go_back_to():
@@ -123,6 +130,10 @@ def test_where_the_start_itself_is_outside_there_is_nothing_to_go_back_to():
     found = answer(config(), one, NEW_MEMORY, [1, 2], every=1)
     assert found.good is None and found.left == [1, 2]
     assert "the weights that the run starts from are outside" in found.said
+    # They were inside at step 0: what they wrote for step 1 is drawn anew.
+    ahead = [{**row, "made_staleness": row["step"]} for row in series("tokens", [0, 1])]
+    one = tripped(config("tokens"), ahead, 3)[0]
+    assert answer(config("tokens"), one, NEW_MEMORY, [1, 2], every=1)[1:3] == ([1, 2], 0)
 
 
 @pytest.mark.parametrize(
@@ -144,9 +155,9 @@ def test_what_cannot_be_is_refused(made):
 # The loop
 
 
-def run(run_dir, entropies, guards=None, kill=None, steps=8, save_every=2, keep=2, **changed):
-    """A run whose mean entropy at a step is entropies(step, learning-rate scale), resumed if it can be. Returns the
-    state, what was said, and the memory with which each step was written."""
+def run(run_dir, entropies, guards=None, kill=None, steps=6, save_every=2, keep=2, **changed):
+    """A run whose mean entropy at a step is entropies(step, learning-rate scale), and whose text is cut where that is
+    low; resumed if it can be. Returns the state, what was said, and the memory with which each step was written."""
     saved = Checkpoints(run_dir, keep=keep, due_every=save_every, say=print)
     said, written = [], []
 
@@ -171,7 +182,8 @@ def run(run_dir, entropies, guards=None, kill=None, steps=8, save_every=2, keep=
 
     def write(problems, step, memory):
         written.append((step, memory["rollbacks"], memory["length_rung"]))
-        return opened.student.write(problems, step, memory)
+        ended = "cut" if entropies(opened.student.version, memory["learning_rate_scale"]) < 0.5 else "stopped"
+        return [replace(t, ended=ended) for t in opened.student.write(problems, step, memory)]
 
     try:
         state = start()
@@ -188,8 +200,8 @@ def run(run_dir, entropies, guards=None, kill=None, steps=8, save_every=2, keep=
 
 
 def collapse(step, scale):
-    """From step 5 on, unless the learning rate is lower."""
-    return 0.1 if step >= 5 and scale == 1 else 1.0
+    """From step 3 on, unless the learning rate is lower."""
+    return 0.1 if step >= 3 and scale == 1 else 1.0
 
 
 GUARDS = GuardsConfig(entropy=Band("rollback", low=0.5))
@@ -204,33 +216,53 @@ def straight(tmp_path_factory):
 
 def test_a_run_that_collapses_goes_back_and_on_with_other_draws_at_a_lower_rate(straight):
     state, rows, said, written, run_dir = straight
-    assert (state.step, state.memory["rollbacks"], state.memory["learning_rate_scale"]) == (8, 1, 0.5)
-    # Row 5 is read during step 6; the checkpoint of step 6 was not written, that of step 4 was.
+    assert (state.step, state.memory["rollbacks"], state.memory["learning_rate_scale"]) == (6, 1, 0.5)
+    # Row 3 is read during step 4; the checkpoint of step 4 was not written, that of step 2 was.
     assert [(step, rollbacks) for step, rollbacks, _ in written] == [
-        *((step, 0) for step in range(7)),
-        *((step, 1) for step in range(4, 8)),
+        *((step, 0) for step in range(5)),
+        *((step, 1) for step in range(2, 6)),
     ]
     assert said == [
-        "guards.entropy: 0.1 at step 5, outside low = 0.5: rollback 1 to step 4, from where on the "
+        "guards.entropy: 0.1 at step 3, outside low = 0.5: rollback 1 to step 2, from where on the "
         "learning rate is multiplied by 0.5"
     ]
-    assert [row["step"] for row in rows] == list(range(8))
-    assert [(row["rollbacks"], row["learning_rate_scale"]) for row in rows[3:5]] == [(0, 1.0), (1, 0.5)]
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit()) == ["6", "8"]
+    assert [row["step"] for row in rows] == list(range(6))
+    assert [(row["rollbacks"], row["learning_rate_scale"]) for row in rows[1:3]] == [(0, 1.0), (1, 0.5)]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit()) == ["4", "6"]
 
 
-def test_no_step_is_sampled_again_with_the_same_draws(straight, tmp_path):
-    with pytest.raises(GuardStop):
-        run(tmp_path, collapse, replace(GUARDS, entropy=Band("stop", low=0.5)))
-    for step in (4, 5):
+def test_of_two_bands_that_trip_at_once_the_stricter_decides_and_every_warning_is_said(monkeypatch):
+    rows = [{**SIDES["entropy"]["row"](side), **SIDES["tokens"]["row"](side), "step": side} for side in (0, 1)]
+    left, said = [], []
+    monkeypatch.setattr(_Run, "leave", lambda run, state, guards, one: left.append((one.name, one.action)))
+    for entropy, tokens in itertools.product(("warn", "rollback", "stop"), repeat=2):
+        guards = GuardsConfig(entropy=Band(entropy, high=1.5), tokens=Band(tokens, high=90))
+        parts = SimpleNamespace(guards=guards, metrics=SimpleNamespace(history=rows), steps=9, say=said.append)
+        _Run(cast(Any, parts), 0).guarded(cast(Any, SimpleNamespace(step=3)))
+    assert [action for _, action in left] == [
+        "rollback",
+        "stop",
+        "rollback",
+        "rollback",
+        "stop",
+        "stop",
+        "stop",
+        "stop",
+    ]
+    assert left[0][0] == "tokens" and left[2][0] == "entropy"
+    assert len(said) == 6  # both of the first pair, and the one of four others
+
+
+def test_no_step_is_sampled_again_with_the_same_draws(straight, undecided):
+    for step in (2, 3):
         name = f"trajectories/step_{step:06d}.jsonl"
-        old, new = ((where / name).read_text().splitlines()[1:] for where in (tmp_path, straight[4]))
+        old, new = ((where / name).read_text().splitlines()[1:] for where in (undecided, straight[4]))
         assert not {json.dumps(json.loads(x)["response"]) for x in old} & {
             json.dumps(json.loads(x)["response"]) for x in new
         }
-    for step in (0, 3):
+    for step in (0, 1):
         name = f"trajectories/step_{step:06d}.jsonl"
-        assert (tmp_path / name).read_text() == (straight[4] / name).read_text()
+        assert (undecided / name).read_text() == (straight[4] / name).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +270,15 @@ def dense(tmp_path_factory):
     """With checkpoints that a rollback has to remove."""
     run_dir = tmp_path_factory.mktemp("dense")
     return run(run_dir, collapse, GUARDS, save_every=1)[0], rows_without_times(run_dir)
+
+
+@pytest.fixture(scope="module")
+def undecided(tmp_path_factory):
+    """The directory of a run like `dense`, killed when it was about to decide."""
+    run_dir = tmp_path_factory.mktemp("undecided")
+    with pytest.raises(Killed):
+        run(run_dir, collapse, GUARDS, kill=(5, "leave"), save_every=1)
+    return run_dir
 
 
 def dies(*args, **kwargs):
@@ -267,22 +308,24 @@ MOMENTS = {  # (the call, before or after which the run is killed, once this oth
 
 
 @pytest.mark.parametrize("moment", ["undecided", *MOMENTS])
-def test_a_run_killed_at_any_moment_of_a_rollback_ends_with_the_same_bits(dense, tmp_path, monkeypatch, moment):
+def test_a_run_killed_at_any_moment_of_a_rollback_ends_with_the_same_bits(
+    dense, undecided, tmp_path, monkeypatch, moment
+):
     """After the decision nothing is sampled any more with the draws from before it."""
-    kill = (7, "leave") if moment == "undecided" else None
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        if kill is None:
+    run_dir = shutil.copytree(undecided, tmp_path / "run")
+    if moment != "undecided":
+        with monkeypatch.context() as patch, pytest.raises(Killed):
             (owner, name), when, armed_by = MOMENTS[moment]
             deadly = dies if when == "before" else then(getattr(owner, name), dies)
             if armed_by is None:
                 patch.setattr(owner, name, deadly)
             else:
                 patch.setattr(*armed_by, then(getattr(*armed_by), lambda: patch.setattr(owner, name, deadly)))
-        run(tmp_path, collapse, GUARDS, kill=kill, save_every=1)
-    state, _, written = run(tmp_path, collapse, GUARDS, save_every=1)
+            run(run_dir, collapse, GUARDS, save_every=1)
+    state, _, written = run(run_dir, collapse, GUARDS, save_every=1)
     jax.tree.map(np.testing.assert_array_equal, state, dense[0])
-    assert rows_without_times(tmp_path) == dense[1]
-    assert kill or (written and all(rollbacks == 1 for _, rollbacks, _ in written))
+    assert rows_without_times(run_dir) == dense[1]
+    assert written and all(rollbacks == 1 for _, rollbacks, _ in written)
 
 
 def test_a_rollback_that_removes_no_checkpoint_is_remembered_too(straight, tmp_path, monkeypatch):
@@ -295,9 +338,23 @@ def test_a_rollback_that_removes_no_checkpoint_is_remembered_too(straight, tmp_p
     assert [step for step, rollbacks, _ in written if rollbacks == 0] == []
 
 
-@pytest.mark.parametrize("at", [5, 6, 7, 8, 9])
-def test_a_run_asked_to_stop_twice_around_an_excursion_ends_with_the_same_bits(straight, tmp_path, monkeypatch, at):
-    """It saves where no checkpoint is due, and crowds none out that a rollback goes to."""
+def test_what_is_used_again_after_a_rollback_is_from_before_it_also_in_a_run_that_was_killed(tmp_path, monkeypatch):
+    whole, _, _ = run(tmp_path / "whole", collapse, GUARDS, max_age=2)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Records, "forget_after", dies)
+        run(tmp_path / "killed", collapse, GUARDS, max_age=2)
+    state, _, _ = run(tmp_path / "killed", collapse, GUARDS, max_age=2)
+    jax.tree.map(np.testing.assert_array_equal, state, whole)
+    rows = rows_without_times(tmp_path / "whole")
+    assert rows_without_times(tmp_path / "killed") == rows and all(row["reused"] for row in rows[2:])
+
+
+@pytest.mark.parametrize(("at", "save_every"), [(4, 2), (5, 2), (6, 2), (5, 1)])
+def test_a_run_asked_to_stop_twice_around_an_excursion_ends_with_the_same_bits(
+    straight, dense, tmp_path, monkeypatch, at, save_every
+):
+    """It saves where no checkpoint is due, but no state that may be left, and crowds none out that a rollback goes
+    to."""
     for last in (at, 2):
         looks = itertools.count(1)
 
@@ -307,25 +364,33 @@ def test_a_run_asked_to_stop_twice_around_an_excursion_ends_with_the_same_bits(s
 
         with monkeypatch.context() as patch, pytest.raises(hosts.Stopped):
             patch.setattr(hosts, "check", check)
-            run(tmp_path, collapse, GUARDS)
-    state, _, _ = run(tmp_path, collapse, GUARDS)
-    jax.tree.map(np.testing.assert_array_equal, state, straight[0])
-    assert rows_without_times(tmp_path) == straight[1]
+            run(tmp_path, collapse, GUARDS, save_every=save_every)
+    state, _, _ = run(tmp_path, collapse, GUARDS, save_every=save_every)
+    whole = {2: straight, 1: dense}[save_every]
+    jax.tree.map(np.testing.assert_array_equal, state, whole[0])
+    assert rows_without_times(tmp_path) == whole[1]
 
 
-def test_good_checkpoints_are_not_crowded_out_while_patience_lasts(tmp_path):
-    _, said, _ = run(tmp_path, collapse, replace(GUARDS, patience=3), steps=10, save_every=1)
-    assert said[0].endswith("since step 5: rollback 1 to step 4, from where on the learning rate is multiplied by 0.5")
+def test_good_checkpoints_are_not_crowded_out_while_patience_lasts_nor_by_a_last_step_within_it(tmp_path):
+    guards = replace(GUARDS, patience=3)
+    state, said, _ = run(tmp_path, collapse, guards, steps=5, save_every=1)
+    assert (state.step, said) == (5, [])
+    _, said, _ = run(tmp_path, collapse, guards, steps=8, save_every=1)
+    assert said[0].endswith("since step 3: rollback 1 to step 2, from where on the learning rate is multiplied by 0.5")
 
 
 def test_a_run_without_a_checkpoint_from_before_goes_back_to_its_start(tmp_path):
-    whole, said, written = run(tmp_path / "whole", collapse, GUARDS, save_every=100)
-    assert "rollback 1 to step 0" in said[0]
-    assert [step for step, rollbacks, _ in written if rollbacks] == list(range(8))
+    def leaving(done):
+        left.append((done, (tmp_path / "whole" / "checkpoints" / "left.json").exists()))
+
+    left = []
+    whole, said, written = run(tmp_path / "whole", collapse, GUARDS, save_every=100, leaving=leaving)
+    assert "rollback 1 to step 0" in said[0] and left == [(0, False)]
+    assert [step for step, rollbacks, _ in written if rollbacks] == list(range(6))
     with pytest.raises(Killed):
         run(tmp_path / "killed", collapse, GUARDS, save_every=100, start=dies)
     state, _, written = run(tmp_path / "killed", collapse, GUARDS, save_every=100)
-    assert [(step, rollbacks) for step, rollbacks, _ in written] == [(step, 1) for step in range(8)]
+    assert [(step, rollbacks) for step, rollbacks, _ in written] == [(step, 1) for step in range(6)]
     jax.tree.map(np.testing.assert_array_equal, state, whole)
 
 
@@ -333,36 +398,37 @@ def test_a_stop_leaves_nothing_of_the_bad_state_and_a_wider_band_goes_on_from_be
     guards = replace(GUARDS, entropy=Band("stop", low=0.5))
     for _ in range(2):  # started again unchanged it stops again
         with pytest.raises(
-            GuardStop, match=r"guards.entropy: 0.1 at step 5, .* it goes on from step 4, from before that"
+            GuardStop, match=r"guards.entropy: 0.1 at step 3, .* it goes on from step 2, from before that"
         ):
             run(tmp_path, collapse, guards)
         looked = Checkpoints(tmp_path, keep=2, read_only=True)
-        assert max(looked.steps()) == 4
+        assert max(looked.steps()) == 2
         looked.close()
     wider = replace(GUARDS, entropy=Band("warn", low=0.5))
     state, said, written = run(tmp_path, collapse, wider)
-    assert (state.step, state.memory["rollbacks"], written[0][0]) == (8, 0, 7)  # what was sampled is used
-    assert said == ["warning: guards.entropy: 0.1 at step 5, outside low = 0.5"]
+    assert (state.step, state.memory["rollbacks"], written[0][0]) == (6, 0, 5)  # what was sampled is used
+    assert said == ["warning: guards.entropy: 0.1 at step 3, outside low = 0.5"]
 
 
 def test_rollbacks_end_in_a_stop_and_what_happens_in_the_last_steps_is_answered_too(tmp_path):
     guards = replace(GUARDS, max_rollbacks=2)
     with pytest.raises(GuardStop, match=r"after guards\.max_rollbacks = 2 rollbacks"):
-        run(tmp_path, lambda step, scale: 0.1 if step == 7 else 1.0, guards)
+        run(tmp_path, lambda step, scale: 0.1 if step == 5 else 1.0, guards)
     rows = read_rows(tmp_path / "metrics.jsonl")
-    assert (rows[-1]["step"], rows[-1]["rollbacks"], rows[-1]["learning_rate_scale"]) == (7, 2, 0.25)
+    assert (rows[-1]["step"], rows[-1]["rollbacks"], rows[-1]["learning_rate_scale"]) == (5, 2, 0.25)
     looked = Checkpoints(tmp_path, keep=2, read_only=True)
-    assert max(looked.steps()) == 6
+    assert max(looked.steps()) == 4
     looked.close()
 
 
 def test_a_step_that_is_being_made_ahead_is_given_up_and_what_older_weights_wrote_blames_those(tmp_path):
-    """Row 6 was written by the weights of step 5, so that neither checkpoint 5 nor 6 is good."""
-    state, said, written = run(tmp_path, collapse, GUARDS, save_every=1, keep=3, lookahead=1)
-    assert "at step 6, outside low = 0.5: rollback 1 to step 4" in said[0]
-    assert (state.step, state.memory["rollbacks"]) == (8, 1)
-    assert [step for step, rollbacks, _ in written if rollbacks] == [4, 5, 6, 7]
-    assert [row["staleness"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 1, 1, 0, 1, 1, 1]
+    """Row 4 was written by the weights of step 3, so that neither checkpoint 3 nor 4 is good."""
+    guards = GuardsConfig(finished=Band("rollback", low=0.5))
+    state, said, written = run(tmp_path, collapse, guards, save_every=1, keep=3, lookahead=1)
+    assert "at step 4, outside low = 0.5: rollback 1 to step 2" in said[0]
+    assert (state.step, state.memory["rollbacks"]) == (6, 1)
+    assert [step for step, rollbacks, _ in written if rollbacks] == [2, 3, 4, 5]
+    assert [row["staleness"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 0, 1, 1, 1]
 
 
 def test_the_excursion_of_a_series_is_what_its_last_rows_say():

@@ -306,6 +306,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_saves_nothing_after
     assert last["step"] == step and last["finite"] is False and last["loss"] is None
 
 
+def test_a_token_weight_that_is_not_finite_is_named(tmp_path):
+    def update(*args):
+        trained, out = update_with(*args)
+        return trained, {**out, "token_weight": np.float32("nan")}
+
+    with pytest.raises(TrainingFailure, match=r"npz. recipe.loss.token_weight gave what is not finite: look at it"):
+        run(tmp_path, to_batch=breaking(0), update=update, steps=1, eval_every=0)
+
+
 def test_what_was_sampled_after_a_step_that_failed_once_is_sampled_again(straight, tmp_path):
     """Step 3 was sampled from weights that step 2 had not moved: a second start, in which step 2 succeeds, may not
     take it for its own."""

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import jax.numpy as jnp
 import pytest
@@ -59,6 +60,15 @@ def test_lengths_come_from_sampled_ids_before_anything_is_dropped():
     assert row["verdicts"] == {"kept": 1, "unfinished": 1, "written": 1}
     assert row["ended"] == {"cut": 1, "stopped": 2}
     assert (row["trajectories"], row["dropped"]) == (3, 1)
+
+
+def test_what_is_used_again_hides_nothing_of_what_is_written_now():
+    again = replace(trajectory(10, "kept", original=trajectory(40)), reused=True)
+    row = summarise([again, trajectory(6, ended="cut")])
+    assert (row["written_tokens"], row["ended"], row["written_total"]) == (6, {"cut": 1}, 6)
+    assert (row["response_tokens"], row["compression_ratio"], row["reused"]) == (8, 16 / 46, 1)
+    row = summarise([again])
+    assert (row["written_tokens"], row["ended"]) == (None, {})
 
 
 def test_a_row_is_written_one_step_behind(tmp_path):

@@ -92,25 +92,42 @@ SHAPE = ModelConfig(
 )  # fmt: skip
 
 
-SLOW = [("none", None), ("dots", None), ("full", LoraConfig(rank=16, alpha=32))]
+SLOW = [
+    ("none", None, "none"),
+    ("dots", None, "none"),
+    ("full", LoraConfig(rank=16, alpha=32), "none"),
+    ("full", None, "entropy_guided"),
+]
 
 
-@pytest.mark.parametrize(("remat", "lora"), [("full", None), *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW)])
-def test_operations_agree_with_the_compilers_count_of_unrolled_layers(remat, lora, monkeypatch):
+@pytest.mark.parametrize(
+    ("remat", "lora", "weight"), [("full", None, "none"), *(pytest.param(*x, marks=pytest.mark.slow) for x in SLOW)]
+)
+def test_operations_agree_with_the_compilers_count_of_unrolled_layers(remat, lora, weight, monkeypatch):
     B, T, R = 2, 192, 128
     model, target = Model(SHAPE, remat=remat), Model(SHAPE)
     student, base = (Adapted(model, lora), model.abstract()) if lora else (model, None)
     tx = optimiser(TrainConfig())
-    update = make_update(student, target, LossConfig(chunk=B * R), tx, None, vocab_size=2048)
+    update = make_update(student, target, LossConfig(chunk=B * R, token_weight=weight), tx, None, vocab_size=2048)
     monkeypatch.setattr(decoder.jax.lax, "scan", unrolled)
     weights, read = student.abstract(), target.abstract()
     trained = Trained(weights, jax.eval_shape(lambda w: init_opt_state(tx, w), weights))
     ids, at = (np.zeros(shape, np.int32) for shape in ((B, T), (B, R)))
     batch = Batch(ids, ids, at, ids, ids, at, at, at, np.ones((B, R), np.float32))
     counted = update.lower(trained, read, batch, base).compile().cost_analysis()["flops"]
-    ours = flops.train_step(student, target, rows=B, student_length=T, target_length=T, response=R).done
+    sizes = {"rows": B, "student_length": T, "target_length": T, "response": R}
+    ours = flops.train_step(student, target, **sizes, weighed=weight != "none").done
     # What is left are the element-wise operations.
     assert 0.94 * counted < ours < counted
+
+
+def test_a_token_weight_costs_all_that_is_forward_once_more():
+    student, target, R = Model(SHAPE), Model(SHAPE), 2 * 128
+    sizes = {"rows": 2, "student_length": 192, "target_length": 256, "response": 128}
+    plain, weighed = (flops.train_step(student, target, **sizes, weighed=how) for how in (False, True))
+    forward = flops.forward(student, 2 * 192, 192).done + flops.forward(target, 2 * 256, 256).done
+    assert weighed.done - plain.done == pytest.approx(forward + 2 * 2 * R * 128 * 2048)
+    assert weighed.useful == plain.useful
 
 
 def test_a_causal_row_needs_half_of_its_scores():

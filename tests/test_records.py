@@ -126,3 +126,16 @@ def test_the_latest_of_each_problem_is_found_among_so_many_steps_and_forgotten_w
     assert found(5, 4, records) == found(5, 4) == [("a", 0, 1), ("a", 1, 1), ("b ", 2, 1)]
     records.path(1).write_text(records.path(1).read_text()[:-10])
     assert found(5, 4) == []
+
+
+def test_of_steps_that_nobody_asks_for_nothing_is_read_or_kept(tmp_path, monkeypatch):
+    records, read = Records(tmp_path, seed=7), []
+    whole = Records._whole
+    monkeypatch.setattr(Records, "_whole", lambda self, step, stage: read.append(step) or whole(self, step, stage))
+    for step, name in enumerate("abbc"):
+        records.save(step, [trajectory(name)])
+    assert records._lines_of is None  # unless it is asked for
+    records.latest(4, [Problem("b", "?"), Problem("c", "?")], 4)
+    assert read == [3, 2] and set(records._lines_of) == {2, 3}
+    records.latest(5, [Problem("a", "?")], 2)
+    assert read == [3, 2, 4] and set(records._lines_of) == {3}

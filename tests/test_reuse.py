@@ -34,6 +34,7 @@ def test_what_is_young_enough_is_used_again_and_all_else_is_made_anew(straight):
     run_dir = opened.parts.run_dir
     assert [row["reused"] for row in rows] == [len(ids) for ids in REUSED]
     assert [row["staleness"] for row in rows] == [0, 0, AGE, AGE, AGE, AGE]
+    assert [row["made_staleness"] for row in rows] == [0] * 6
     for step, ids in enumerate(REUSED):
         made = trajectories(run_dir, step)
         assert [t.problem_id for t in made] == [problem.id for problem in Problems().at(step)]

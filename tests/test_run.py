@@ -75,7 +75,7 @@ def test_a_resumed_run_forgets_what_was_measured_of_steps_it_has_not_reached(tmp
 
 
 @pytest.mark.parametrize(
-    ("step", "said"), [(None, "stopped before the first update, so there was"), (3, "stopped and saved after step 3")]
+    ("step", "said"), [(None, "stopped before the first checkpoint, so"), (3, "stopped and saved after step 3")]
 )
 def test_a_run_that_was_stopped_says_what_is_saved(step, said):
     checkpoints = cast(Any, SimpleNamespace(latest=lambda: step))
@@ -156,3 +156,9 @@ def test_every_process_of_a_run_leaves_what_it_cost_however_it_ends(tmp_path, en
     with recorded_cost(tmp_path, 8, 8, 0.0):
         pass
     assert costs() == [(6, True), (0, True)]
+
+
+def test_a_process_that_rolls_back_behind_its_start_has_gained_no_steps(tmp_path):
+    with recorded_cost(tmp_path, 6, 8, 0.0) as saving:
+        saving(4)
+    assert [row["steps"] for row in read_rows(tmp_path / "processes.jsonl")] == [0]

@@ -330,6 +330,36 @@ def killed_after(count):
     return progress
 
 
+class Told:
+    def __init__(self):
+        self.told = []
+
+    def push(self, trained, version):
+        self.told.append(("push", version))
+
+    def forget_after(self, version):
+        self.told.append(("forget after", version))
+
+    def model_name(self):
+        return "tiny"
+
+    def admit(self, url): ...
+
+
+def test_after_a_rollback_a_version_s_number_stands_for_other_weights_and_answers(tmp_path):
+    with fake() as server:
+        push = Told()
+        made = sampler(tmp_path, server, push=push, load=False)
+        for _ in range(2):
+            made.load("weights", 6)
+            made.sample(REQUESTS[:2], SAMPLED)
+            assert (tmp_path / "spill.jsonl").read_text()
+            made.forget_after(4)
+            assert not (tmp_path / "spill.jsonl").exists()
+        assert len(asked(server)) == 4
+    assert push.told == [("push", 6), ("forget after", 4)] * 2
+
+
 def test_a_killed_call_asks_only_for_what_it_lacks(tmp_path, expected):
     with fake() as server:
         with pytest.raises(Killed):

@@ -20,7 +20,7 @@ from mpd_jax.models.hf_weights import export, load_config, load_weights
 from mpd_jax.models.lora import Adapted, LoraConfig
 from mpd_jax.models.peft import load_adapter
 from mpd_jax.sampling import probe, ways, weight_push
-from mpd_jax.sampling.known import Known
+from mpd_jax.sampling.known import Known, forget_after
 from mpd_jax.sampling.proof import TOLERANCE
 from mpd_jax.sampling.servers import ServerConfig, ServerError, Servers, Unreachable
 from mpd_jax.sampling.ways import PushConfig, choose
@@ -554,8 +554,14 @@ def test_what_a_server_may_hold_instead_outlives_the_process(tmp_path):
     assert [old[0] for old in again.olds(start, 0)] == [1]
     other = Known(path, "b")
     assert other.version == 1 and other.start is None and other.last is None
+    forget_after(path, 5)
+    assert Known(path, "a").version == 1
+    forget_after(path, 0)  # the run went back to its start, and servers hold what it came to before
+    back = Known(path, "a")
+    assert back.version == 0 and [old[0] for old in back.olds(two, 1)] == [1, 0]
     path.write_bytes(path.read_bytes()[:-40])
     assert Known(path, "a").version == -1
+    forget_after(path, 0)
 
 
 def test_without_stamps_a_server_that_came_back_is_known_by_what_it_answers(bench, monkeypatch):

@@ -64,9 +64,17 @@ def computes_all_scores(model: Model) -> bool:
 
 
 def train_step(
-    student: Model | Adapted, target: Model | None, *, rows: int, student_length: int, target_length: int, response: int
+    student: Model | Adapted,
+    target: Model | None,
+    *,
+    rows: int,
+    student_length: int,
+    target_length: int,
+    response: int,
+    weighed: bool = False,
 ) -> Flops:
-    """One update: student forward and backward, target forward, both heads over the response positions."""
+    """One update: student forward and backward, target forward, both heads over the response positions. weighed: by a
+    token weight, for which all that is forward is done once more."""
     model, tokens, R = student if isinstance(student, Model) else student.model, rows * student_length, rows * response
     config, ahead = model.config, forward(model, tokens, student_length)
     products = weight_products(config, tokens)
@@ -77,15 +85,16 @@ def train_step(
     }[model.remat]
     # The fused head takes both gradients while a chunk's logits are there: logits, dh and dW.
     head = 2.0 * R * config.hidden_size * config.vocab_size
-    total = ahead * 3 + Flops(0, again) + _twice(3 * head)
+    total, first = ahead * 3 + Flops(0, again) + _twice(3 * head), ahead + _twice(head)
     if isinstance(student, Adapted):
         # Frozen weights, the head among them, have no gradients; the adapter's have, and are small.
         adapter = 6.0 * tokens * sum(x.size for x in jax.tree.leaves(student.abstract()))
         total += _twice(adapter - products - head)
     if target is not None:
         head = 2.0 * R * target.config.hidden_size * target.config.vocab_size
-        total += forward(target, rows * target_length, target_length) + _twice(head)
-    return total
+        read = forward(target, rows * target_length, target_length) + _twice(head)
+        total, first = total + read, first + read
+    return total + Flops(0, first.done) if weighed else total
 
 
 def cached(model: Model, rows: int, tokens: int, held: int, cache: int, *, head: bool) -> Flops:

@@ -187,7 +187,12 @@ def _train(name: str, config: RunConfig, roles: Roles, mesh: Mesh, held: Live, u
     sizes = {"student_length": length, "target_length": batch.target_tokens_BT.shape[1]}
     room = batch.response_BR.shape[1]
     operations = flops.train_step(
-        roles.student.trains.on(mesh), target.model.on(mesh) if target else None, rows=rows, response=room, **sizes
+        roles.student.trains.on(mesh),
+        target.model.on(mesh) if target else None,
+        rows=rows,
+        response=room,
+        weighed=config.recipe.loss.token_weight != "none",
+        **sizes,
     )
     arguments: Parts = {"weights": held.parts["weights"], "optimiser": trained.opt_state, "batch": batch}
     if target is not None:

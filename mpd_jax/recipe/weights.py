@@ -22,7 +22,8 @@ class TokenStats(NamedTuple):
     counts          bool, false at padding: reduce with where=counts, for what stands there is no token's.
     index           the number of the token in its response, from 0 on.
     pass_rate       the share of its problem's attempts of this step, as they were written, that plain rules find right:
-                    0 or 1 with one attempt, and 0.5 where the problem has no reference answer.
+                    0 or 1 with one attempt, and 0.5 where the problem has no reference answer. It is told by what
+                    follows a token, so that a weight by it biases policy_gradient.
     """
 
     divergence: jax.Array

@@ -144,6 +144,8 @@ class Agreement:
     def model_name(self) -> str:
         return self._all.model
 
+    def forget_after(self, version: int) -> None: ...
+
     def push(self, trained: Weights, version: int) -> None:
         """Every server that answers computes with these weights, or ServerError. Every process calls it."""
         held, here = self._held, self._probe.here(trained)

@@ -6,6 +6,7 @@ last push before. So they are kept in a file of the run directory.
 
 import io
 import zipfile
+from typing import Any
 
 import numpy as np
 
@@ -26,25 +27,45 @@ class Known:
         self.start: np.ndarray | None = None
         self.last: np.ndarray | None = None
         self.version = -1
-        try:
-            with np.load(io.BytesIO(files.read(path) or b"")) as record:
-                self.version = int(record["version"])
-                if str(record["of"]) == of:
-                    self.start, self.last = record["start"], record["last"]
-        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile):
-            pass  # there is none, or it is damaged
+        if record := _read(path):
+            self.version = int(record["version"])
+            if str(record["of"]) == of:
+                self.start, self.last = record["start"], record["last"]
 
     def olds(self, new: np.ndarray, version: int) -> tuple[np.ndarray, ...]:
         """What a server without the new weights [N] would answer, the likeliest first."""
         # Verified before the run was started again: they are the new ones.
         same = self.last is not None and self.version == version and np.abs(new - self.last).max() < VISIBLE
         last = () if self.last is None or same else (self.last,)
-        start = () if self.start is None or version == 0 or (last and self.version == 0) else (self.start,)
+        start = () if self.start is None or version == 0 else (self.start,)
+        if start and last and np.array_equal(start[0], last[0]):
+            start = ()
         return (*last, *start)
 
     def verified(self, new: np.ndarray, version: int) -> None:
         """These are the last ones from here on, also for later processes."""
         assert self.start is not None, "the start is known by the first push"
-        self.last, self.version, out = new, version, io.BytesIO()
-        np.savez(out, of=self._of, start=self.start, last=new, version=version)
-        files.write_atomically(self._path, out.getvalue())
+        self.last, self.version = new, version
+        _write(self._path, {"of": self._of, "start": self.start, "last": new, "version": version})
+
+
+def forget_after(path: AnyPath, version: int) -> None:
+    """Later versions are none any more: of them none was verified, though servers may hold the weights of the last."""
+    record = _read(path)
+    if record and int(record["version"]) > version:
+        _write(path, {**record, "version": version})
+
+
+def _read(path: AnyPath) -> dict[str, Any]:
+    """Nothing where there is none, or it is damaged."""
+    try:
+        with np.load(io.BytesIO(files.read(path) or b"")) as record:
+            return {name: record[name] for name in ("of", "start", "last", "version")}
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile):
+        return {}
+
+
+def _write(path: AnyPath, record: dict[str, Any]) -> None:
+    out = io.BytesIO()
+    np.savez(out, **record)
+    files.write_atomically(path, out.getvalue())

@@ -36,6 +36,10 @@ class Spill:
         assert self._lines is not None, "begin comes before add"
         self._lines.add(_line(key, response))
 
+    def clear(self) -> None:
+        self.close()
+        files.remove(self._path)
+
     def close(self) -> None:
         if self._lines is not None:
             self._lines.close()

@@ -34,6 +34,10 @@ class Push(Protocol):
         """Called on every process; returns once the servers answer with these weights."""
         ...
 
+    def forget_after(self, version: int) -> None:
+        """Called on every process: later versions are none any more, for others will bear their numbers."""
+        ...
+
     def admit(self, url: str) -> None:
         """Called on process 0, in a thread of its own in which `hosts` may not be used, before the server gets work,
         and again when it was away: it may hold the weights of its start. Unreachable: it is not let in yet."""
@@ -69,6 +73,13 @@ class VLLMSampler:
         if self._push is not None and weights is not None and version != self.version:
             self._push.push(weights, version)
         self.version = version
+
+    def forget_after(self, version: int) -> None:
+        """Nothing is answered any more with later versions, whose numbers other weights will bear."""
+        self.version = -1
+        self._spill.clear()
+        if self._push is not None:
+            self._push.forget_after(version)
 
     def model_name(self) -> str:
         return self._push.model_name() if self._push is not None else self.servers.model

@@ -26,7 +26,7 @@ from mpd_jax.models.hf_weights import export
 from mpd_jax.models.lora import Adapted
 from mpd_jax.models.peft import export_adapter
 from mpd_jax.sampling.agreement import Frozen, by_temperature
-from mpd_jax.sampling.known import Known
+from mpd_jax.sampling.known import Known, forget_after
 from mpd_jax.sampling.probe import Probe, probe_tokens
 from mpd_jax.sampling.proof import TOLERANCE, Proof, judge
 from mpd_jax.sampling.servers import ServerConfig, ServerError, Servers, Unreachable
@@ -183,6 +183,12 @@ class WeightPush:
         report = PushReport(**{**told, "again": tuple(told["again"]), "proofs": proofs})
         self._note(report)
         return report
+
+    def forget_after(self, version: int) -> None:
+        """The run has left what came after this version: the next ones bear its numbers with other weights."""
+        if hosts.is_main():
+            forget_after(self._record, version)
+        self._known = None  # the file is read anew
 
     def model_name(self) -> str:
         """What requests name as their model now. Process 0's to ask."""

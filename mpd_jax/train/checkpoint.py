@@ -71,6 +71,7 @@ class Checkpoints:
         directory = files.path(run_dir) / "checkpoints"
         self.directory = directory if files.remote(directory) else directory.absolute()
         self._saving: int | None = None
+        self._suspect: set[int] = set()
         self._read_only = read_only
         self._keep_best = keep_best
         self._arrays, self._run = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
@@ -80,7 +81,8 @@ class Checkpoints:
                 on_commit(self._saving)
 
         def due(steps: Sequence[int]) -> list[int]:
-            return [step for step in steps if due_every and step % due_every == 0][-keep:]
+            good = (step for step in steps if step not in self._suspect)
+            return [step for step in good if due_every and step % due_every == 0][-keep:]
 
         # Orbax logs a failed save with its traceback, from several threads; each is also raised, and told once, here.
         for name in ("absl", "concurrent.futures", "asyncio"):
@@ -125,9 +127,12 @@ class Checkpoints:
         content = {"settings": self._measured, "figures": sorted(self._figures.items())}
         write_atomically(self.directory / FIGURES, json.dumps(content))
 
-    def save(self, state: RunState) -> None:
-        """Returns once the arrays are copied off the device, so that they may be donated; the writing goes on."""
+    def save(self, state: RunState, good: bool = True) -> None:
+        """Returns once the arrays are copied off the device, so that they may be donated; the writing goes on.
+
+        good: whether a rollback may come to it; else those that one may come to stay beside it."""
         arrays = to_dicts(state)
+        self._suspect = self._suspect - {state.step} if good else {*self._suspect, state.step}
         with _saying(self.directory, "written"):
             self._manager.wait_until_finished()
             _require_room(self.directory, arrays)
@@ -178,16 +183,17 @@ class Checkpoints:
 
     def leave(self, steps: Sequence[int], goes_on: int | None = None, memory: dict[str, Any] | None = None) -> None:
         """The checkpoints of these steps are none from here on, whenever the process is killed: one atomic write says
-        so, and they are removed by the next `restore`. memory: of the state after `goes_on` updates from now on, where
-        it differs from what was saved with it."""
+        so, and they are removed by the next `restore`. memory: of the states after up to `goes_on` updates from now
+        on, where it differs from what was saved with them."""
         self.wait()
         kept = self._left if goes_on is None else {"step": goes_on, "memory": memory}
         self._left = {**kept, "steps": list(steps)}
         self._write_left()
 
     def memory_at(self, step: int) -> dict[str, Any]:
-        """What the memory of the state after `step` updates was changed to by the last rollback, if it went there."""
-        return self._left["memory"] if self._left["step"] == step else {}
+        """What the last rollback made of the memory of the state after `step` updates: of the one that it went to, and
+        of those before, which a run goes on from where that one cannot be read."""
+        return self._left["memory"] if step <= self._left["step"] else {}
 
     def _remove_left(self) -> None:
         """Before anything is saved again: no step of another course of the run is taken for one that was left."""

@@ -1,7 +1,8 @@
 """A length curriculum gated by entropy (arXiv 2605.16826): a cap on what the student writes, raised rung by rung.
 
-Departures: 1. the paper looks at the mean token entropy of held-out problems, this at that of the training rollouts, as
-metrics.jsonl has it of steps up to s - 2. 2. The paper names neither ladder nor threshold: both are the user's.
+Departures: 1. the paper looks at the mean token entropy of held-out problems, this at that of the tokens trained on
+(rewrites where there are), as metrics.jsonl has it of steps up to s - 2. 2. The paper names neither ladder nor
+threshold: both are the user's.
 """
 
 import math

@@ -58,7 +58,7 @@ class GuardsConfig:
     entropy:    student_entropy, nats a token. tokens: written_tokens, the mean length of what was written.
     divergence: nats a token. finished: the share of written trajectories that ended by themselves.
     patience:   steps in a row outside before the action; a step without the figure is passed over. While a band that
-                stops or rolls back is left no checkpoint is written.
+                stops or rolls back is left no checkpoint is written, but of the last step.
     learning_rate_factor: of every rollback; it stays for the rest of the run.
     max_rollbacks: after so many a rollback becomes a stop.
     """
@@ -102,6 +102,7 @@ def _finished(row: Row) -> float | None:
     return 1 - ended.get("cut", 0) / sum(ended.values()) if ended else None
 
 
+WRITTEN = ("tokens", "finished")  # figures of the text, which may be of older weights; all others are of the step's own
 FIGURES: dict[str, Callable[[Row], float | None]] = {
     "entropy": lambda row: row.get("student_entropy"),
     "tokens": lambda row: row.get("written_tokens"),
@@ -113,7 +114,7 @@ FIGURES: dict[str, Callable[[Row], float | None]] = {
 class Excursion(NamedTuple):
     """A figure outside its band: from step `first` on, `value` at step `last`, for `steps` steps that have it.
 
-    origin: the updates done when the weights were made that the first of these steps wrote with.
+    origin: the updates done when the weights were made that the figure of the first of these steps is of.
     """
 
     name: str
@@ -138,8 +139,8 @@ def excursion(name: str, band: Band, rows: Sequence[Row], until: int) -> Excursi
     if not outside:
         return None
     (first, _), (last, value) = outside[-1], outside[0]
-    origin = first["step"] - first.get("staleness", 0)
-    return Excursion(name, band.action, value, first["step"], last["step"], len(outside), origin)
+    behind = first.get("made_staleness", 0) if name in WRITTEN else 0
+    return Excursion(name, band.action, value, first["step"], last["step"], len(outside), first["step"] - behind)
 
 
 def tripped(config: GuardsConfig, rows: Sequence[Row], step: int) -> list[Excursion]:
@@ -188,12 +189,16 @@ def answer(
     """To an excursion of a run that has checkpoints of the steps `saved`; those that are due come `every` steps."""
     said = words(config, one)
     since, count = [step for step in saved if step >= one.origin], int(memory["rollbacks"])
-    if one.origin == 0:
+    if one.first == 0:
         return Answer(f"{said}: the weights that the run starts from are outside; widen guards.{one.name}", since)
     if one.action == "stop" or count >= config.max_rollbacks:
-        why = f" after guards.max_rollbacks = {config.max_rollbacks} rollbacks" if one.action == "rollback" else ""
+        why, remedy = "", "Lower"
+        if one.action == "rollback":
+            why = f" after guards.max_rollbacks = {config.max_rollbacks} rollbacks"
+            why += f"; learning_rate_scale = {memory['learning_rate_scale']:g} stays"
+            remedy = "Raise guards.max_rollbacks, lower"
         last = max((step for step in saved if step < one.origin), default=0)
-        remedy = f"Lower train.learning_rate, or widen guards.{one.name}, and run the same command again"
+        remedy += f" train.learning_rate, or widen guards.{one.name}, and run the same command again"
         return Answer(f"{said}: stopped{why}. {remedy}: it goes on from step {last}, from before that", since)
     # Only to one that a run that was never stopped has, too.
     good = max((step for step in saved if step < one.origin and step % every == 0), default=0)

@@ -56,6 +56,8 @@ class Parts:
     max_age:        updates after which what the student wrote is used no more where its problem comes up again.
     grade:          share of the written trajectories that are right, if that can be told cheaply.
     guards:         None where no band is given. start: the state that a start of the run would begin with.
+    leaving:        (updates done) is called before it is on disk that the run goes back to them: who served it forgets
+                    what it learnt since.
     rolled_back:    (updates done) is called when what came after them is left.
     """
 
@@ -86,6 +88,7 @@ class Parts:
     guards: GuardsConfig | None = None
     curriculum: CurriculumConfig | None = None
     start: Callable[[], RunState] | None = None
+    leaving: Callable[[int], None] | None = None
     rolled_back: Callable[[int], None] | None = None
     say: Callable[[str], None] = lambda text: None
 
@@ -93,8 +96,8 @@ class Parts:
 def train(parts: Parts, state: RunState) -> RunState:
     """Runs the steps that are left. `state` is used up: its buffers are donated to the first update.
 
-    Stopped, at the top of a step or by a callback, it saves first: trajectories are on disk already, and a step's
-    sampling that is cut short is done again.
+    Stopped, at the top of a step or by a callback, it saves first, unless a guard may leave the state: trajectories are
+    on disk already, and a step's sampling that is cut short is done again.
     """
     run = _Run(parts, state.step)
     try:
@@ -112,10 +115,10 @@ def train(parts: Parts, state: RunState) -> RunState:
             run.measure(state, out, problems, trajectories, batch)
             state = run.lengthen(state)
             run.save_if_due(state)
-        run.save(state)
+        run.save(state, good=not run.suspect(state))
     except hosts.Stopped:
         run.rest()
-        run.save(state)
+        run.save_unless_suspect(state)
         raise
     finally:
         run.profile(None)
@@ -147,10 +150,12 @@ class _Run:
             self.settle(behind=0)
         for step in range(state.step, state.step + 1 + ended):
             found = hosts.from_main(partial(tripped, guards, metrics.history, step))
-            for one in (Excursion(*fields) for fields in found):
-                if one.action != "warn":
-                    return self.leave(state, guards, one)
-                self.parts.say(f"warning: {words(guards, one)}")
+            ones = [Excursion(*fields) for fields in found]
+            for one in ones:
+                if one.action == "warn":
+                    self.parts.say(f"warning: {words(guards, one)}")
+            if ones and ones[-1].action != "warn":
+                return self.leave(state, guards, ones[-1])
         return state
 
     def leave(self, state: RunState, guards: GuardsConfig, one: Excursion) -> RunState:
@@ -160,6 +165,8 @@ class _Run:
         parts.clock.begin(state.step, "leave")
         parts.checkpoints.wait()
         found = answer(guards, one, state.memory, parts.checkpoints.steps(), parts.save_every)
+        if parts.leaving is not None:
+            parts.leaving(max(one.origin - 1, 0) if found.good is None else found.good)
         parts.checkpoints.leave(found.left, found.good, found.memory)
         if found.good is None:
             raise GuardStop(found.said)
@@ -325,6 +332,7 @@ class _Run:
         row = summarise(trajectories)
         row |= rows_of(batch)
         row["staleness"] = staleness(step, trajectories)
+        row["made_staleness"] = staleness(step, [t for t in trajectories if not t.reused])
         traces, self.traces = self.traces, self.parts.traces()
         row["compilations"] = self.traces - traces
         row["too_long"] = row["trajectories"] - row["dropped"] - row["trained"]
@@ -350,11 +358,13 @@ class _Run:
         ids = [problem.id for problem in problems]
         save_batch(path, batch, ids)
         self.parts.records.forget_after(step)
+        weight = row.get("token_weight", 0.0)
+        said = "" if weight is not None else "recipe.loss.token_weight gave what is not finite: look at it first. "
         raise TrainingFailure(
             f"step {step}: the loss or its gradient is not finite (loss {row['loss']}, gradient norm "
             f"{row['grad_norm']}) on problems {', '.join(ids)}; the weights were left as they were, the batch is in "
-            f"{path}. Lower train.learning_rate or train.max_grad_norm, or use float32 for student.dtype, and run the "
-            f"same command again: it resumes from the last checkpoint"
+            f"{path}. {said}Lower train.learning_rate or train.max_grad_norm, or use float32 for student.dtype, and "
+            "run the same command again: it resumes from the last checkpoint"
         )
 
     def evaluate(self, state: RunState) -> None:
@@ -371,15 +381,22 @@ class _Run:
         self.parts.clock.take()()
 
     def save_if_due(self, state: RunState) -> None:
-        """Not where the next guard may find that it should have been left: the good ones would be crowded out."""
-        guards = self.parts.guards
-        if state.step % self.parts.save_every:
-            return
+        if state.step % self.parts.save_every == 0:
+            self.save_unless_suspect(state)
+
+    def save_unless_suspect(self, state: RunState) -> None:
+        """Not where the next guard may find that it should have been left: the good ones would be crowded out, and a
+        start comes here again by the trajectories on disk."""
         self.settle(behind=0)
-        if guards is None or not hosts.from_main(lambda: suspect(guards, self.parts.metrics.history, state.step)):
+        if not self.suspect(state):
             self.save(state)
 
-    def save(self, state: RunState) -> None:
+    def suspect(self, state: RunState) -> bool:
+        """Whether the next guard may find that it should have been left, by the rows that were read."""
+        guards, history = self.parts.guards, self.parts.metrics.history
+        return guards is not None and hosts.from_main(lambda: suspect(guards, history, state.step))
+
+    def save(self, state: RunState, good: bool = True) -> None:
         """Only after the flags of all steps so far were read, and with their rows where a start finds them."""
         self.settle(behind=0)
         if state.step == self.saved:
@@ -388,7 +405,7 @@ class _Run:
         self.parts.clock.begin(state.step - 1, "save")
         if self.parts.saving is not None:
             self.parts.saving(state.step)
-        self.parts.checkpoints.save(state)
+        self.parts.checkpoints.save(state, good)
         self.saved = state.step
         self.parts.clock.take()()
 

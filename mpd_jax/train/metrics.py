@@ -23,7 +23,7 @@ from mpd_jax.types import Trajectory, UserError
 
 Row = dict[str, Any]
 # What later steps are decided by (guards.py, curriculum.py).
-HISTORY = ("step", "staleness", "student_entropy", "written_tokens", "divergence", "ended")
+HISTORY = ("step", "made_staleness", "student_entropy", "written_tokens", "divergence", "ended")
 
 
 class PhaseLog:
@@ -118,9 +118,10 @@ def _ready_at(out: Out) -> float:
 
 def summarise(trajectories: Sequence[Trajectory]) -> Row:
     """What the ids alone tell: counts of verdicts and endings, lengths before and after rewriting, and tokens in all
-    that were written, read to be rewritten, and answered then; what is used again cost none."""
-    originals = [t.original or t for t in trajectories]
+    that were written, read to be rewritten, and answered then. What was written, and what that cost, is of this step
+    alone: what is used again would hide what the student writes now."""
     kept, made = [t for t in trajectories if not t.dropped], [t for t in trajectories if not t.reused]
+    originals = [t.original or t for t in made]
     before, after = [len(t.response) for t in originals], [len(t.response) for t in kept]
     before_kept = sum(len((t.original or t).response) for t in kept)
     return {
@@ -131,7 +132,7 @@ def summarise(trajectories: Sequence[Trajectory]) -> Row:
         "written_tokens": _mean(before),
         "response_tokens": _mean(after),
         "reused": len(trajectories) - len(made),
-        "written_total": sum(len((t.original or t).response) for t in made),
+        "written_total": sum(before),
         "rewrite_prompt_total": sum(t.rewriting[0] for t in made),
         "rewritten_total": sum(t.rewriting[1] for t in made),
         "trimmed": sum(t.trimmed > 0 for t in trajectories),

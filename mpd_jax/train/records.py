@@ -44,7 +44,8 @@ class Records:
         self.directory = run_dir / "trajectories"
         self._seed = seed
         self._settings = settings
-        self._lines_of: dict[int, dict[str, list[int]]] = {}  # of final files, by step and problem
+        # Of final files, by step and problem; kept once the latest of a problem are asked for.
+        self._lines_of: dict[int, dict[str, list[int]]] | None = None
 
     def path(self, step: int, stage: str = "final") -> AnyPath:
         suffix = "" if stage == "final" else f".{stage}"
@@ -56,14 +57,16 @@ class Records:
         files.write_atomically(self.path(step, stage), "\n".join([head, *map(to_json, trajectories)]) + "\n")
         if stage == "final":
             files.remove(self.path(step, "written"))
-            self._lines_of[step] = _by_problem(trajectories)
+            if self._lines_of is not None:
+                self._lines_of[step] = _by_problem(trajectories)
 
     def forget_after(self, step: int) -> None:
         """Removes the trajectories of later steps: they were sampled from weights that the run will not have."""
         for path in list(self.directory.glob("step_*.jsonl")) if hosts.is_main() else ():
             if int(path.name[len("step_") :].split(".")[0]) > step:
                 files.remove(path)
-        self._lines_of = {number: lines for number, lines in self._lines_of.items() if number <= step}
+        if self._lines_of is not None:
+            self._lines_of = {number: lines for number, lines in self._lines_of.items() if number <= step}
 
     def load(
         self, step: int, problems: Sequence[Problem], stage: str = "final", rollbacks: int = 0
@@ -85,11 +88,14 @@ class Records:
         return [from_json(line) for line in lines]
 
     def _latest(self, step: int, wanted: set[str], within: int) -> list[str]:
-        found = []
-        for earlier in range(step - 1, max(step - within, 0) - 1, -1):
-            if earlier not in self._lines_of and (whole := self._whole(earlier, "final")):
-                self._lines_of[earlier] = _by_problem(whole[2])
-            numbers = self._lines_of.get(earlier, {})
+        found, first = [], max(step - within, 0)
+        known = self._lines_of = {n: lines for n, lines in (self._lines_of or {}).items() if n >= first}
+        for earlier in range(step - 1, first - 1, -1):
+            if not wanted:
+                break
+            if earlier not in known and (whole := self._whole(earlier, "final")):
+                known[earlier] = _by_problem(whole[2])
+            numbers = known.get(earlier, {})
             here = wanted & numbers.keys()
             if here:
                 lines = (files.read(self.path(earlier)) or b"").decode().splitlines()[1:]

@@ -28,7 +28,8 @@ class TrainConfig:
     schedule:      what the rate does after `warmup_steps`, down to zero at `steps` unless constant.
     weight_decay:  on matrices and embeddings; norms and biases are left alone.
     max_grad_norm: global-norm clipping; 0 switches it off.
-    save_every:    steps between checkpoints, of which the last `keep` stay; the final step is always saved.
+    save_every:    steps between checkpoints, of which the last `keep` stay; the final step is always saved. With guards
+                   that stop or roll back the last `keep` that are a multiple of save_every stay beside them.
     keep_best:     the checkpoint that was best by this figure of the evaluations (eval.every, and the last) stays too:
                    highest accuracy, or fewest mean_tokens, at the first temperature.
     max_length:    tokens of prompt and response together; a longer trajectory is dropped and counted.
