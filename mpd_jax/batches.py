@@ -6,11 +6,12 @@ The alignment itself is data/batching.py's.
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 from jax.sharding import Mesh
 
 from mpd_jax.config import RunConfig
-from mpd_jax.data.batching import BatchReport, TargetPrompt, to_batch
-from mpd_jax.data.chat import Chat
+from mpd_jax.data.batching import BatchReport, Reading, Reads, after, to_batch
+from mpd_jax.data.chat import DELIMITER, Chat
 from mpd_jax.models.kernels import takes_segments
 from mpd_jax.recipe.rewrite import rewriting_prompt
 from mpd_jax.roles import ModelFiles, Roles, rewriting_room
@@ -23,33 +24,47 @@ def batch_to_train_on(
 ) -> Batch | None:
     """The kept trajectories, packed if all who read can; the target reads under its own context."""
     target = roles.target(config.recipe)
-    reads = target_prompt(config, roles, problems) if target else None
+    reads = target_reads(config, roles, problems) if target else None
     scored = [as_scored(config, roles, t) for t in trajectories]
     batch, report = batch_of(config, mesh, roles.student, target, problems, scored, reads)
     return batch if report.trajectories else None
 
 
-def target_prompt(config: RunConfig, roles: Roles, problems: Sequence[Problem]) -> TargetPrompt:
-    """What the target reads before a trajectory's response, under recipe.target.context.
-
-    Under `rewrite` it is what a rewriter reads, problem, draft and instruction (TRD, 2606.08432), and its own thinking
-    closed behind that: the rewrite it was asked for comes next.
-    """
-    by_id, context, how = {p.id: p for p in problems}, config.recipe.target.context, config.recipe.rewrite
-    target, student = roles.target(config.recipe), roles.student.chat
+def target_reads(config: RunConfig, roles: Roles, problems: Sequence[Problem]) -> Reads:
+    """What the target reads of a trajectory, under recipe.target.context; of one in the form of `as_scored`."""
+    by_id, context = {p.id: p for p in problems}, config.recipe.target.context
+    target = roles.target(config.recipe)
     assert target is not None, "no target"
-    chat, room = target.chat, rewriting_room(config, roles) if context == "rewrite" else 0
+    room = rewriting_room(config, roles) if context == "rewrite" else 0
 
-    def reads(t: Trajectory) -> Sequence[int] | None:
+    def reads(t: Trajectory) -> Reading | None:
         problem = by_id[t.problem_id]
-        if context != "rewrite":
-            return chat.prompt(context, problem)
-        assert t.original is not None, f"problem {t.problem_id}: no rewrite, and its target reads under `rewrite`"
-        draft = student.draft(t.original.response)
-        found = rewriting_prompt(chat, how.how, problem, draft, room, how.too_long)
-        return (*found[0], *chat.no_thoughts) if found else None
+        if context == "rewrite":
+            return _as_rewritten(config, roles.student.chat, target.chat, problem, t, room)
+        return after(target.chat.prompt(context, problem), t.response)
 
     return reads
+
+
+def _as_rewritten(
+    config: RunConfig, student: Chat, target: Chat, problem: Problem, t: Trajectory, room: int
+) -> Reading | None:
+    """A rewrite as its rewriter wrote it: what that read (TRD, 2606.08432), its own thinking closed, then reasoning,
+    delimiter and answer. What joins reasoning and answer in the student's form the target does not score."""
+    assert t.original is not None, f"problem {t.problem_id}: no rewrite, and its target reads under `rewrite`"
+    how, draft = config.recipe.rewrite, student.draft(t.original.response)
+    found = rewriting_prompt(target, how.how, problem, draft, room, how.too_long)
+    if found is None:
+        return None
+    parts = student.split((*student.opening, *t.response))
+    reasoning, end = parts.reasoning or (), (*parts.answer, *student.end)
+    assert t.response[: len(reasoning)] == reasoning and t.response[len(t.response) - len(end) :] == end, t.response
+    seam = target.encode(f"{DELIMITER}\n" if target.text(reasoning[-1:]).endswith("\n") else f"\n{DELIMITER}\n")
+    head = (*found[0], *target.no_thoughts)
+    at = np.full(len(t.response), -1)
+    at[: len(reasoning)] = len(head) - 1 + np.arange(len(reasoning))
+    at[len(at) - len(end) :] = len(head) + len(reasoning) + len(seam) - 1 + np.arange(len(end))
+    return Reading((*head, *reasoning, *seam, *end), at.tolist())
 
 
 def as_scored(config: RunConfig, roles: Roles, t: Trajectory) -> Trajectory:
@@ -69,15 +84,15 @@ def batch_of(
     target_files: ModelFiles | None,
     problems: Sequence[Problem],
     trajectories: Sequence[Trajectory],
-    reads: TargetPrompt | None,
+    reads: Reads | None,
 ) -> tuple[Batch, BatchReport]:
-    """The arrays of these trajectories as this run packs them; `reads`: what the target reads before a response."""
+    """The arrays of these trajectories as this run packs them; `reads`: what the target reads of one."""
     top_k, weights = config.recipe.target.top_k, config.recipe.loss.token_weight
     reading = (student, None if top_k else target_files)
     return to_batch(
         problems,
         trajectories,
-        target_prompt=reads,
+        reads=reads,
         reduction=config.recipe.loss.reduction,
         max_length=config.train.max_length,
         eos_ids=student.eos_ids,

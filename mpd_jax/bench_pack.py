@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mpd_jax.data.batching import to_batch
+from mpd_jax.data.batching import after, to_batch
 from mpd_jax.data.packing import Packing, pack
 from mpd_jax.models.config import ModelConfig
 from mpd_jax.models.decoder import Model
@@ -99,7 +99,7 @@ def _batch(drawn: np.ndarray, form: str, row: int) -> Batch:
     return to_batch(
         problems,
         made,
-        target_prompt=lambda t: prompt,
+        reads=lambda t: after(prompt, t.response),
         reduction="token_mean",
         max_length=longest,
         eos_ids=(),

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from mpd_jax import hosts
-from mpd_jax.batches import as_scored, target_prompt
+from mpd_jax.batches import target_reads
 from mpd_jax.config import RunConfig
 from mpd_jax.data.batching import fitting
 from mpd_jax.roles import ModelFiles, Roles
@@ -43,9 +43,9 @@ def scoring(
     hosts.from_main(lambda: scorer.check(max_length))
 
     def score(problems: Sequence[Problem], trajectories: Sequence[Trajectory], step: int) -> list[Trajectory]:
-        reads = target_prompt(config, roles, problems)
+        reads = target_reads(config, roles, problems)
         read = fitting(trajectories, reads, max_length)
-        texts = [(reads(t) or (), as_scored(config, roles, t).response) for t in read]
+        texts = [(found.tokens[: -len(t.response)], t.response) for t in read if (found := reads(t))]
         with progress(f"step {step + 1}: scoring", len(texts)) as advance:
 
             def told(done: int) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpd_jax.data.batching import to_batch
+from mpd_jax.data.batching import after, to_batch
 from mpd_jax.recipe.loss import LossConfig, fused_divergence
 from mpd_jax.types import Problem, Trajectory
 
@@ -40,8 +40,8 @@ def step():
 
 def batch_of(trajectories, targets, **changes):
     settings = {"reduction": "token_mean", "max_length": 4096, "eos_ids": {EOS}, "alone": True, **changes}
-    prompt = targets and (lambda t: targets[t.problem_id])
-    return to_batch(PROBLEMS, trajectories, target_prompt=prompt, **settings)
+    reads = targets and (lambda t: after(targets[t.problem_id], t.response))
+    return to_batch(PROBLEMS, trajectories, reads=reads, **settings)
 
 
 def plain(trajectories):
@@ -237,7 +237,7 @@ def test_a_pod_sized_step_is_packed_in_seconds():
     batch, _ = to_batch(
         problems,
         made,
-        target_prompt=lambda t: t.prompt,
+        reads=lambda t: after(t.prompt, t.response),
         reduction="sum",
         max_length=16384,
         row_length=32768,

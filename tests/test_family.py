@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mpd_jax import build, config, rollouts, samplers
-from mpd_jax.batches import as_scored, batch_to_train_on, target_prompt
+from mpd_jax.batches import as_scored, batch_to_train_on, target_reads
 from mpd_jax.config import RunConfig
 from mpd_jax.data.chat import Chat
 from mpd_jax.eval.grade import GraderPool
@@ -229,8 +229,11 @@ def test_every_legal_cell_resolves_to_a_batch(monkeypatch):
         assert len(trajectories) == 8 and batch is not None, cell
         assert (batch.target_tokens_BT.shape[1] == 1) == (target is None), cell
         kept = [t for t in trajectories if not t.dropped]
-        opening = len(roles.student.chat.opening) if settings.recipe.target.context == "rewrite" else 0
-        assert np.count_nonzero(batch.weight_BR) == sum(len(t.response) - opening for t in kept) > 0, cell
+        scored = sum(len(t.response) for t in kept)
+        if settings.recipe.target.context == "rewrite":  # without the tags
+            parts = [roles.student.chat.split(t.response) for t in kept]
+            scored = sum(len(p.reasoning) + len(p.answer) + len(roles.student.chat.end) for p in parts)
+        assert np.count_nonzero(batch.weight_BR) == scored > 0, cell
     assert len(by_target) > 200
 
 
@@ -260,12 +263,19 @@ def test_a_target_that_reads_a_draft_reads_what_the_rewriter_read(monkeypatch):
         parts = rollouts.recipe_parts(settings, roles, made, graders, Screen(quiet=True).bar)
         rewritten = parts.rewrite(step, parts.write(step, 0, NEW_MEMORY), 0, NEW_MEMORY)
     assert sum(t.trimmed > 0 for t in rewritten) > 0 and not any(t.dropped for t in rewritten)
-    reads, chat = target_prompt(settings, roles, step), roles.student.chat
+    reads, chat = target_reads(settings, roles, step), roles.student.chat
     for t, prompt in zip(rewritten, asked, strict=True):
         scored = as_scored(settings, roles, t)
-        assert reads(t) == (*prompt, *chat.encode("<think>\n\n</think>\n\n"))
         assert scored.prompt + scored.response == t.prompt + t.response
         assert chat.text(scored.prompt).endswith("<think>\n") and not chat.text(scored.response).startswith("<think>")
+        reading, parts = reads(scored), chat.split(t.response)
+        reasoning, answer = (chat.text(ids).strip() for ids in (parts.reasoning, parts.answer))
+        own = f"<think>\n\n</think>\n\n{reasoning}\n####\n{answer}{chat.text(chat.end)}"
+        assert chat.text(reading.tokens) == chat.text(prompt) + own
+        for token, at in zip(scored.response, reading.at, strict=True):
+            assert at == -1 or reading.tokens[at + 1] == token
+        left_out = [token for token, at in zip(scored.response, reading.at, strict=True) if at < 0]
+        assert chat.text(left_out).strip() == "</think>"
 
 
 def test_the_axes_hold_every_value_that_a_config_may_hold():

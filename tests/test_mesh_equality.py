@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from mpd_jax.data.batching import to_batch
+from mpd_jax.data.batching import after, to_batch
 from mpd_jax.sharding import MeshConfig, make_mesh
 from mpd_jax.types import Problem, Trajectory
 from tests.test_step import VOCAB, gradient_step
@@ -49,7 +49,7 @@ def batch_for(mesh: MeshConfig | None, packing: str, micro_batches: int):
     return to_batch(
         problems,
         made,
-        target_prompt=lambda t: targets[t.problem_id],
+        reads=lambda t: after(targets[t.problem_id], t.response),
         reduction="token_mean",
         max_length=64,
         eos_ids={VOCAB - 1},

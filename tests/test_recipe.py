@@ -45,6 +45,10 @@ REFUSED = [
         {"rewrite": {"how": "repair", "fallback": "original"}, "target": {"context": "rewrite"}},
         "recipe.rewrite.fallback: 'original' with recipe.target.context=rewrite",
     ),
+    (
+        {"rewrite": {"how": "repair"}, "target": {"context": "rewrite", "top_k": 8}},
+        "recipe.target.top_k: 8 has servers score a response right behind a prompt",
+    ),
     ({"target": {**SELF, "own_template": True}}, "recipe.target.own_template: true lets the teacher read"),
     ({"rewrite": {"fallback": "original"}}, "recipe.rewrite.fallback: 'original' replaces failed rewrites"),
     (

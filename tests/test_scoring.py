@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpd_jax import build, config
-from mpd_jax.data.batching import to_batch
+from mpd_jax.data.batching import after, to_batch
 from mpd_jax.models.decoder import Model
 from mpd_jax.models.hf_weights import load_config, load_weights
 from mpd_jax.roles import TINY, open_roles
@@ -65,7 +65,9 @@ def step():
 
 def batch_of(trajectories, prompts, **how):
     settings = {"reduction": "token_mean", "max_length": 48, "eos_ids": {EOS}, "multiple": 8}
-    return to_batch(PROBLEMS, trajectories, target_prompt=lambda t: prompts[t.problem_id], **settings, **how)[0]
+    return to_batch(
+        PROBLEMS, trajectories, reads=lambda t: after(prompts[t.problem_id], t.response), **settings, **how
+    )[0]
 
 
 def gradient_of(batch, mesh=None, micro_batches=1):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mpd_jax import batches
-from mpd_jax.data.batching import to_batch
+from mpd_jax.data.batching import after, to_batch
 from mpd_jax.recipe.loss import LossConfig, dense_divergence
 from mpd_jax.recipe.weights import TokenStats, entropy_guided, token_weight
 from mpd_jax.train import step
@@ -108,7 +108,7 @@ def test_packing_does_not_change_the_weights():
     ]
     rates = {p.id: i / 5 for i, p in enumerate(problems)}
     how = {
-        "target_prompt": lambda t: (4, 5, 6),
+        "reads": lambda t: after((4, 5, 6), t.response),
         "reduction": "token_mean",
         "max_length": 32,
         "eos_ids": {1},

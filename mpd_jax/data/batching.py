@@ -7,15 +7,29 @@ Nothing is appended, cut or encoded here.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mpd_jax.data.packing import pack
 from mpd_jax.types import Batch, Problem, Trajectory
 
-# What the target reads before a trajectory's response; None where that fits nowhere.
-TargetPrompt = Callable[[Trajectory], Sequence[int] | None]
+
+class Reading(NamedTuple):
+    """What a target reads of a trajectory. at: for each response token the position in `tokens` whose hidden state
+    predicts it; -1 where the target reads something else there, and the token is no part of the loss."""
+
+    tokens: Sequence[int]
+    at: Sequence[int]
+
+
+def after(prompt: Sequence[int], response: Sequence[int]) -> Reading:
+    """The response after another prompt, every token of it."""
+    return Reading((*prompt, *response), range(len(prompt) - 1, len(prompt) + len(response) - 1))
+
+
+# Of a trajectory; None where that fits nowhere.
+Reads = Callable[[Trajectory], Reading | None]
 Members = Sequence[Sequence[int]]  # the trajectories of each row, by number
 
 
@@ -36,7 +50,7 @@ def to_batch(
     problems: Sequence[Problem],
     trajectories: Sequence[Trajectory],
     *,
-    target_prompt: TargetPrompt | None,
+    reads: Reads | None,
     reduction: str,
     max_length: int,
     eos_ids: Collection[int],
@@ -48,7 +62,7 @@ def to_batch(
 ) -> tuple[Batch, BatchReport]:
     """The trajectories that were not dropped, as arrays, and a report.
 
-    target_prompt: the ids the target reads before a trajectory's response; None where there is no target.
+    reads: what the target reads of a trajectory; None where there is no target.
     top_k: above 0 the target has read them elsewhere, and its say is in the trajectories.
     pass_rates: problem id -> the share of its attempts that are right, where a token weight is told it.
     row_length, multiple, alone: as `pack` takes them; rows of max_length unless told. Rows that nothing fills have
@@ -57,29 +71,28 @@ def to_batch(
     order = {problem.id: at for at, problem in enumerate(problems)}
     live = [t for t in trajectories if not t.dropped]
     live.sort(key=lambda t: (order[t.problem_id], t.attempt))
-    prompts = {id(t): target_prompt(t) for t in live} if target_prompt else {}
-    kept = fitting(live, target_prompt and (lambda t: prompts[id(t)]), max_length)
+    read = {id(t): reads(t) for t in live} if reads else {}
+    kept = fitting(live, reads and (lambda t: read[id(t)]), max_length)
     for t in kept:
         _check_ends(t, eos_ids)
     responses = [t.response for t in kept]
-    students = [t.prompt for t in kept]
-    read_here = target_prompt is not None and not top_k
-    readers = [prompts[id(t)] or () for t in kept] if read_here else students
-    student, target = (
-        [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)] for prompts in (students, readers)
-    )
+    students = [after(t.prompt, t.response) for t in kept]
+    targets = [found for t in kept if (found := read.get(id(t)))]
+    read_here = reads is not None and not top_k
+    student, target = ([len(one.tokens) for one in side] for side in (students, targets if read_here else students))
     packing = pack(
         student, target, list(map(len, responses)), row_length=row_length or max_length, multiple=multiple, alone=alone
     )
-    side = partial(_side, packing.members, responses)
     slots = packing.rows, packing.responses
-    student_arrays = side(students, (packing.rows, packing.student), slots)
+    student_arrays = _side(packing.members, students, (packing.rows, packing.student), slots)
     if not read_here:
         empty = np.zeros((packing.rows, 1), np.int32)
         target_arrays = empty, empty, student_arrays[2]
     else:
-        target_arrays = side(readers, (packing.rows, packing.target), slots)
+        target_arrays = _side(packing.members, targets, (packing.rows, packing.target), slots)
     response_BR, index_BR, live_BR = _slots(packing.members, responses, slots)
+    if reads is not None:
+        live_BR &= _spread(packing.members, responses, slots, [np.asarray(one.at) >= 0 for one in targets]) > 0
     weight = _weight(reduction, int(live_BR.sum()))
     batch = Batch(*student_arrays, *target_arrays, response_BR, index_BR, np.where(live_BR, weight, np.float32(0)))
     if top_k:
@@ -90,14 +103,15 @@ def to_batch(
     return batch, BatchReport(len(kept), int(live_BR.sum()), len(live) - len(kept))
 
 
-def fitting(
-    trajectories: Sequence[Trajectory], target_prompt: TargetPrompt | None, max_length: int
-) -> list[Trajectory]:
+def fitting(trajectories: Sequence[Trajectory], reads: Reads | None, max_length: int) -> list[Trajectory]:
     """Those that are trained on: not dropped, and no longer than max_length for whoever reads them."""
 
     def fits(t: Trajectory) -> bool:
-        target = t.prompt if target_prompt is None else target_prompt(t)
-        return target is not None and max(len(t.prompt), len(target)) + len(t.response) <= max_length
+        own = len(t.prompt) + len(t.response)
+        if reads is None:
+            return own <= max_length
+        target = reads(t)
+        return target is not None and max(own, len(target.tokens)) <= max_length
 
     return [t for t in trajectories if not t.dropped and fits(t)]
 
@@ -127,22 +141,15 @@ def _placed(members: Members, lengths: Sequence[int]) -> Iterator[tuple[int, int
 
 
 def _side(
-    members: Members,
-    responses: Sequence[Sequence[int]],
-    prompts: Sequence[Sequence[int]],
-    shape: tuple[int, int],
-    slots: tuple[int, int],
+    members: Members, readings: Sequence[Reading], shape: tuple[int, int], slots: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens and segments (B, T), prompt then response, and for each response token (B, R) the position before it."""
+    """Tokens and segments (B, T), and for each response token (B, R) the position whose hidden state predicts it."""
     tokens_BT, segments_BT, at_BR = (np.zeros(size, np.int32) for size in (shape, shape, slots))
-    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    whole, own = _placed(members, lengths), _placed(members, list(map(len, responses)))
+    whole, own = (_placed(members, [len(one[part]) for one in readings]) for part in (0, 1))
     for (at, row, number, span), (*_, slot) in zip(whole, own, strict=True):
-        first = span.start + len(prompts[at])
-        tokens_BT[row, span.start : first] = prompts[at]
-        tokens_BT[row, first : span.stop] = responses[at]
+        tokens_BT[row, span] = readings[at].tokens
         segments_BT[row, span] = number + 1
-        at_BR[row, slot] = np.arange(first, span.stop) - 1
+        at_BR[row, slot] = span.start + np.maximum(readings[at].at, 0)
     return tokens_BT, segments_BT, at_BR
 
 
@@ -159,9 +166,9 @@ def _slots(
 
 
 def _spread(
-    members: Members, responses: Sequence[Sequence[int]], slots: tuple[int, int], values: Sequence[float]
+    members: Members, responses: Sequence[Sequence[int]], slots: tuple[int, int], values: Sequence[Any]
 ) -> np.ndarray:
-    """A number of each trajectory at its response tokens, (B, R)."""
+    """A number of each trajectory, or one of each of its response tokens, at these tokens: (B, R)."""
     value_BR = np.zeros(slots, np.float32)
     for at, row, _, slot in _placed(members, list(map(len, responses))):
         value_BR[row, slot] = values[at]

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from mpd_jax import build
 from mpd_jax.batches import batch_of
 from mpd_jax.config import RunConfig
+from mpd_jax.data.batching import after
 from mpd_jax.models.decoder import Model
 from mpd_jax.plan import flops
 from mpd_jax.plan.chips import local_bytes, shards
@@ -172,7 +173,7 @@ def longest_batch(config: RunConfig, roles: Roles, mesh: Mesh, response: int) ->
     target = roles.target(config.recipe)
     others = config.recipe.target.context not in ("plain", "concise")  # prompts that hold a text of any length
     read = (0,) * max(len(prompt), config.train.max_length - response if others else 0)
-    reads = (lambda t: read) if target else None
+    reads = (lambda t: after(read, t.response)) if target else None
     batch, report = batch_of(config, mesh, roles.student, target, problems, written, reads)
     assert report.trajectories == rows, f"{report.trajectories} of {rows} responses of {response} tokens have a place"
     place = batch_sharding(mesh)

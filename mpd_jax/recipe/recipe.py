@@ -205,6 +205,11 @@ def _target_reasons(recipe: Recipe) -> list[tuple[bool, str]]:
             "instruction to rewrite before what is no rewrite; set fallback=drop, or choose another context",
         ),
         (
+            target.context == "rewrite" and target.top_k > 0,
+            f"recipe.target.top_k: {target.top_k} has servers score a response right behind a prompt, and "
+            "recipe.target.context=rewrite reads it with another delimiter inside; set top_k=0, or another context",
+        ),
+        (
             target.own_template and target.weights != "teacher",
             f"recipe.target.own_template: true lets the teacher read by its own template, and recipe.target.weights="
             f"{target.weights} reads by the student's; remove it, or set weights=teacher",
