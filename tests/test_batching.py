@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpd_jax.data.batching import after, to_batch
+from mpd_jax.data.batching import Reading, after, to_batch
 from mpd_jax.recipe.loss import LossConfig, fused_divergence
 from mpd_jax.types import Problem, Trajectory
 
@@ -227,6 +227,26 @@ def test_dropped_trajectories_stay_out_and_an_empty_step_has_no_weight():
     assert (report.trajectories, report.tokens, report.too_long) == (0, 0, 0)
     _, report = batch_of([gone, trajectory(1, [1], [2, EOS])], None)
     assert report.trajectories == 1
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_target_may_read_another_seam_where_no_token_is_scored(alone):
+    """Response 7 8 9 EOS; the target reads 7 8 between other tokens, and 9 EOS behind a seam of two."""
+    made = [trajectory(i, [1, 2], [7, 8, 9, EOS]) for i in range(2)]
+    reading = Reading((5, 5, 7, 8, 4, 4, EOS), (1, 2, -1, 5))
+    batch, report = to_batch(
+        PROBLEMS, made, reads=lambda t: reading, reduction="token_mean", max_length=64, eos_ids={EOS}, alone=alone
+    )
+    assert report.tokens == 6 and np.count_nonzero(batch.weight_BR) == 6
+    assert batch.weight_BR.max() == np.float32(1 / 6)
+    for b, r in np.argwhere(batch.weight_BR > 0):
+        assert batch.target_tokens_BT[b, batch.target_at_BR[b, r] + 1] == batch.response_BR[b, r]
+        assert batch.student_tokens_BT[b, batch.student_at_BR[b, r] + 1] == batch.response_BR[b, r]
+    assert not np.any(batch.response_BR[batch.weight_BR > 0] == 9)
+    short, _ = to_batch(
+        PROBLEMS, made, reads=lambda t: reading, reduction="sum", max_length=6, eos_ids={EOS}, alone=alone
+    )
+    assert not short.weight_BR.any(), "what the target reads is too long"
 
 
 def test_a_pod_sized_step_is_packed_in_seconds():

@@ -206,7 +206,8 @@ def test_every_method_trains_in_the_tiny_world(path, tmp_path, shared_programs):
 @pytest.mark.parametrize("cell", ARRAY, ids=" - ".join)
 def test_pairs_of_answers_train_two_steps(cell, tmp_path, monkeypatch, shared_programs):
     monkeypatch.setattr(samplers, "make_sampler", scripted)
-    monkeypatch.setattr(build, "read_problems", lambda *_: problems())
+    few = problems()
+    monkeypatch.setattr(build, "read_problems", lambda *_: few)
     monkeypatch.setattr(build, "refuse_overlap", lambda *_: None)
     settings = resolved(cell, f"run.dir={tmp_path}")
     require_learning(train(settings, tmp_path))
