@@ -231,8 +231,8 @@ def test_dropped_trajectories_stay_out_and_an_empty_step_has_no_weight():
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_target_may_read_another_seam_where_no_token_is_scored(alone):
-    """Response 7 8 9 EOS; the target reads 7 8 between other tokens, and 9 EOS behind a seam of two."""
-    made = [trajectory(i, [1, 2], [7, 8, 9, EOS]) for i in range(2)]
+    """Response 7 8 6 EOS; the target reads 7 8 behind its prompt, and EOS behind a seam in place of 6."""
+    made = [trajectory(i, [1, 2], [7, 8, 6, EOS]) for i in range(2)]
     reading = Reading((5, 5, 7, 8, 4, 4, EOS), (1, 2, -1, 5))
     batch, report = to_batch(
         PROBLEMS, made, reads=lambda t: reading, reduction="token_mean", max_length=64, eos_ids={EOS}, alone=alone
@@ -242,7 +242,7 @@ def test_a_target_may_read_another_seam_where_no_token_is_scored(alone):
     for b, r in np.argwhere(batch.weight_BR > 0):
         assert batch.target_tokens_BT[b, batch.target_at_BR[b, r] + 1] == batch.response_BR[b, r]
         assert batch.student_tokens_BT[b, batch.student_at_BR[b, r] + 1] == batch.response_BR[b, r]
-    assert not np.any(batch.response_BR[batch.weight_BR > 0] == 9)
+    assert not np.any(batch.response_BR[batch.weight_BR > 0] == 6)
     short, _ = to_batch(
         PROBLEMS, made, reads=lambda t: reading, reduction="sum", max_length=6, eos_ids={EOS}, alone=alone
     )
