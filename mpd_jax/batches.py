@@ -50,7 +50,8 @@ def _as_rewritten(
     config: RunConfig, student: Chat, target: Chat, problem: Problem, t: Trajectory, room: int
 ) -> Reading | None:
     """A rewrite as its rewriter wrote it: what that read (TRD, 2606.08432), its own thinking closed, then reasoning,
-    delimiter and answer. What joins reasoning and answer in the student's form the target does not score."""
+    delimiter and answer. Its delimiter stands for the end of the student's thinking, see `exchanged`; what else joins
+    reasoning and answer the target does not score."""
     assert t.original is not None, f"problem {t.problem_id}: no rewrite, and its target reads under `rewrite`"
     how, draft = config.recipe.rewrite, student.draft(t.original.response)
     found = rewriting_prompt(target, how.how, problem, draft, room, how.too_long)
@@ -63,8 +64,19 @@ def _as_rewritten(
     head = (*found[0], *target.no_thoughts)
     at = np.full(len(t.response), -1)
     at[: len(reasoning)] = len(head) - 1 + np.arange(len(reasoning))
+    if student.closing is not None:
+        at[t.response.index(student.closing)] = len(head) + len(reasoning) + seam.index(target.delimiter) - 1
     at[len(at) - len(end) :] = len(head) + len(reasoning) + len(seam) - 1 + np.arange(len(end))
     return Reading((*head, *reasoning, *seam, *end), at.tolist())
+
+
+def exchanged(config: RunConfig, roles: Roles) -> tuple[int, int] | None:
+    """Two ids that are read as each other in the target's distribution: where a rewriter ends its reasoning it writes a
+    delimiter, and the student closes its thinking."""
+    target, closing = roles.target(config.recipe), roles.student.chat.closing
+    if config.recipe.target.context != "rewrite" or target is None or closing is None:
+        return None
+    return target.chat.delimiter, closing
 
 
 def as_scored(config: RunConfig, roles: Roles, t: Trajectory) -> Trajectory:

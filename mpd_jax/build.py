@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from mpd_jax import __version__, hosts
-from mpd_jax.batches import batch_to_train_on
+from mpd_jax.batches import batch_to_train_on, exchanged
 from mpd_jax.config import RunConfig, flat, under
 from mpd_jax.data.contexts import Contexts
 from mpd_jax.data.problems import ProblemsConfig, ProblemSet, read, refuse_overlap
@@ -284,6 +284,7 @@ def update_of(config: RunConfig, roles: Roles, mesh: Mesh) -> Update:
         mesh,
         vocab_size=vocab,
         micro_batches=config.train.micro_batches,
+        exchanged=exchanged(config, roles),
         stop_ids=sorted(id for id in roles.student.eos_ids if id < vocab),
     )
 

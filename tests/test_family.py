@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mpd_jax import build, config, rollouts, samplers
-from mpd_jax.batches import as_scored, batch_to_train_on, target_reads
+from mpd_jax.batches import as_scored, batch_to_train_on, exchanged, target_reads
 from mpd_jax.config import RunConfig
 from mpd_jax.data.chat import Chat
 from mpd_jax.eval.grade import GraderPool
@@ -237,7 +237,7 @@ def test_every_legal_cell_resolves_to_a_batch(monkeypatch):
         scored = sum(len(t.response) for t in kept)
         if settings.recipe.target.context == "rewrite":  # without the tags
             parts = [roles.student.chat.split(t.response) for t in kept]
-            scored = sum(len(p.reasoning) + len(p.answer) + len(roles.student.chat.end) for p in parts)
+            scored = sum(len(p.reasoning) + 1 + len(p.answer) + len(roles.student.chat.end) for p in parts)
         assert np.count_nonzero(batch.weight_BR) == scored > 0, cell
     assert len(by_target) > 200
 
@@ -278,9 +278,10 @@ def test_a_target_that_reads_a_draft_reads_what_the_rewriter_read(monkeypatch):
         own = f"<think>\n\n</think>\n\n{reasoning}\n####\n{answer}{chat.text(chat.end)}"
         assert chat.text(reading.tokens) == chat.text(prompt) + own
         for token, at in zip(scored.response, reading.at, strict=True):
-            assert at == -1 or reading.tokens[at + 1] == token
+            said = reading.tokens[at + 1]
+            assert at == -1 or said == token or (said, token) == exchanged(settings, roles)
         left_out = [token for token, at in zip(scored.response, reading.at, strict=True) if at < 0]
-        assert chat.text(left_out).strip() == "</think>"
+        assert not chat.text(left_out).strip() and chat.text(exchanged(settings, roles)) == "####</think>"
 
 
 def test_the_axes_hold_every_value_that_a_config_may_hold():

@@ -136,6 +136,16 @@ class Chat:
         """What an assembled response without any reasoning begins with, before its answer."""
         return self.encode(self._seams.before + self._seams.middle) if self.thinks else ()
 
+    @property
+    def closing(self) -> int | None:
+        """The id that ends a thinking span, where there is one."""
+        return self._close_id if self.thinks else None
+
+    @property
+    def delimiter(self) -> int:
+        """The id that the line between a rewrite's reasoning and its answer begins with."""
+        return next(i for i in self.encode(f"\n{DELIMITER}\n") if DELIMITER[0] in self.text((i,)))
+
     # Prompts
 
     def prompt(self, context: str, problem: Problem, draft: str | None = None) -> Ids:

@@ -18,8 +18,7 @@ class TargetConfig:
 
     context: the prompt the target reads the response after: the problem as the student reads it, with a word to be
     brief (CRISP), what a rewriter reads of it (TRD, 2606.08432), or with a solution (OPSD, 2601.18734). A departure
-    from TRD: where the student's reasoning ends and its answer begins no token is scored, for a rewriter has a
-    delimiter there.
+    from TRD: the rewriter's delimiter is read as the end of the student's thinking.
     every: updates between renewals, self_refreshed only (CRISP: 50).
     top_k: 0 reads the whole distribution on the mesh. Above, the teacher is on servers alone (teacher.serve): they are
     asked for its top_k most likely tokens at each position, and all others are one tail bucket.

@@ -153,9 +153,11 @@ def make_update(
     vocab_size: int,
     micro_batches: int = 1,
     stop_ids: Sequence[int] = (),
+    exchanged: tuple[int, int] | None = None,
 ) -> Update:
     """The update of a recipe. target: what is read on the mesh, None where the batch holds what servers read, or
-    nobody reads and the response tokens themselves are trained on. stop_ids: those that loss.merge_stops merges."""
+    nobody reads and the response tokens themselves are trained on. stop_ids: those that loss.merge_stops merges.
+    exchanged: two ids that are read as each other in the target's distribution."""
     student, target = student.on(mesh), target.on(mesh) if target else None
     weigh = token_weight(loss.token_weight)
     objective = objective_of(student, loss, mesh, vocab_size, stop_ids)
@@ -165,8 +167,11 @@ def make_update(
         if target is None:
             return None
         hidden_BTE = target.hidden(target_weights, batch.target_tokens_BT, segments_BT=batch.target_segments_BT)
-        rows_RE = response_rows(hidden_BTE, batch.target_at_BR)
-        return jax.lax.stop_gradient((rows_RE, target.head(target_weights)))
+        rows_RE, head_VE = response_rows(hidden_BTE, batch.target_at_BR), target.head(target_weights)
+        if exchanged is not None:
+            here, there = jnp.array(exchanged), jnp.array(exchanged[::-1])
+            head_VE = head_VE.at[here].set(head_VE[there])
+        return jax.lax.stop_gradient((rows_RE, head_VE))
 
     def statistics(trained: PyTree, base: PyTree, target_weights: PyTree, batch: TracedBatch) -> Out:
         """Of each token of one micro-batch, [B, R], without a gradient."""
