@@ -74,8 +74,8 @@ def test_a_run_climbs_alike_however_often_it_is_stopped(tmp_path, monkeypatch, h
         with monkeypatch.context() as patch, pytest.raises(kinds[how]):
             if how != "killed":
                 patch.setattr(hosts, "check", check)
-            run(tmp_path, entropies, curriculum=LADDER, kill=(5, "update") if how == "killed" else None)
-    state, _, written = run(tmp_path, entropies, curriculum=LADDER)
+            run(tmp_path, entropies, curriculum=LADDER, steps=8, kill=(5, "update") if how == "killed" else None)
+    state, _, written = run(tmp_path, entropies, curriculum=LADDER, steps=8)
     # Before step 2 row 0 is looked at, before step 4 rows 1 and 2.
     assert [row["length_cap"] for row in read_rows(tmp_path / "metrics.jsonl")] == [
         64,
@@ -112,7 +112,7 @@ def test_the_writer_is_asked_with_the_rung_s_cap_and_every_draw_depends_on_the_r
     )
     roles = cast(Any, SimpleNamespace(student=SimpleNamespace(chat=student)))
     sampler = Told()
-    samplers = cast(Any, SimpleNamespace(writer=sampler))
+    samplers = cast(Any, SimpleNamespace(writer=sampler, rewriter=None))
     parts = recipe_parts(
         settings, roles, samplers, cast(Any, None), lambda title, total: nullcontext(lambda done: None)
     )

@@ -377,9 +377,9 @@ def test_the_rows_of_all_steps_are_kept_before_a_state_that_will_not_make_them_a
         def flush(self):
             events.append(("kept", len(read_rows(self.path))))
 
-    def saving(checkpoints, state):
+    def saving(checkpoints, state, good):
         events.append(("saved", state.step))
-        save(checkpoints, state)
+        save(checkpoints, state, good)
 
     monkeypatch.setattr(Checkpoints, "save", saving)
     run(tmp_path, metrics=Told)

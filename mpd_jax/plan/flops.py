@@ -74,7 +74,7 @@ def train_step(
     weighed: bool = False,
 ) -> Flops:
     """One update: student forward and backward, target forward, both heads over the response positions. weighed: by a
-    token weight, for which all that is forward is done once more."""
+    token weight, for which all that is forward is done once more, unless the compiler sees that it is the same."""
     model, tokens, R = student if isinstance(student, Model) else student.model, rows * student_length, rows * response
     config, ahead = model.config, forward(model, tokens, student_length)
     products = weight_products(config, tokens)
