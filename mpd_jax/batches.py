@@ -73,10 +73,10 @@ def _as_rewritten(
 def exchanged(config: RunConfig, roles: Roles) -> tuple[int, int] | None:
     """Two ids that are read as each other in the target's distribution: where a rewriter ends its reasoning it writes a
     delimiter, and the student closes its thinking."""
-    target, closing = roles.target(config.recipe), roles.student.chat.closing
-    if config.recipe.target.context != "rewrite" or target is None or closing is None:
+    target = roles.target(config.recipe)
+    if config.recipe.target.context != "rewrite" or target is None or roles.student.chat.closing is None:
         return None
-    return target.chat.delimiter, closing
+    return target.chat.delimiter, roles.student.chat.closing
 
 
 def as_scored(config: RunConfig, roles: Roles, t: Trajectory) -> Trajectory:

@@ -45,7 +45,7 @@ SIZES = [
     "mesh.fsdp=1",
     "mesh.data=-1",
 ]
-SHORT = ["train.max_length=448", "sampling.writer.max_tokens=192", "sampling.rewriter.max_tokens=96"]
+SHORT = ["train.max_length=448", "sampling.writer.max_tokens=192", "sampling.rewriter.max_tokens=192"]
 
 BY_TEACHER, BY_STUDENT = {"by": "teacher"}, {"by": "student"}
 AXES: dict[str, dict[str, dict[str, Any]]] = {
@@ -200,19 +200,30 @@ def shared_programs(tmp_path_factory):
         jax.config.update(name, value)
 
 
+@pytest.fixture
+def scripts(monkeypatch):
+    """What would be sampled is scripted."""
+    few = problems()
+    monkeypatch.setattr(samplers, "make_sampler", scripted)
+    monkeypatch.setattr(build, "read_problems", lambda *_: few)
+    monkeypatch.setattr(build, "refuse_overlap", lambda *_: None)
+
+
 @pytest.mark.parametrize("path", TWINS, ids=lambda path: path.stem)
-def test_every_method_trains_in_the_tiny_world(path, tmp_path, shared_programs):
+def test_every_method_trains_in_the_tiny_world(path, tmp_path, scripts, shared_programs):
+    require_learning(train(config.load(path, [*SIZES, f"run.dir={tmp_path}"]), tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", TWINS, ids=lambda path: path.stem)
+def test_every_method_samples_and_trains_in_the_tiny_world(path, tmp_path, shared_programs):
     settings = config.load(path, [*SIZES, *SHORT, f"run.dir={tmp_path}"])
     require_learning(train(settings, tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", ARRAY, ids=" - ".join)
-def test_pairs_of_answers_train_two_steps(cell, tmp_path, monkeypatch, shared_programs):
-    monkeypatch.setattr(samplers, "make_sampler", scripted)
-    few = problems()
-    monkeypatch.setattr(build, "read_problems", lambda *_: few)
-    monkeypatch.setattr(build, "refuse_overlap", lambda *_: None)
+def test_pairs_of_answers_train_two_steps(cell, tmp_path, scripts, shared_programs):
     settings = resolved(cell, f"run.dir={tmp_path}")
     require_learning(train(settings, tmp_path), itself=cell[2] in ("self_frozen / plain", "self_refreshed / plain"))
 

@@ -100,6 +100,7 @@ def assert_alike(run_dir: AnyPath, other: AnyPath) -> None:
     assert a["rows"] == b["rows"]
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_stopped_go_on_as_one(tmp_path):
     """The signal reaches process 1 alone, while the second step is being written; both save and end."""
     one, two = tmp_path / "one", tmp_path / "two"

@@ -112,6 +112,7 @@ def kill_and_compare(
     return hits
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_like_one_never_stopped(tmp_path):
     hits = dict(kill_and_compare(tmp_path, 1, phases=("save",)))
     # The writing goes on while the next step begins.
