@@ -8,6 +8,7 @@ from mpd_jax import bench_pack
 from mpd_jax.types import UserError
 
 
+@pytest.mark.slow
 def test_padding_is_counted_at_full_size_and_both_forms_train_on_the_same_tokens(capsys):
     result = bench_pack.run(json=True, scale=256, width=64, layers=1, repeats=1, draws=20)
     assert capsys.readouterr().out == "" and json.loads(json.dumps(result)) == result

@@ -9,6 +9,7 @@ from mpd_jax import bench_topk
 from mpd_jax.types import UserError
 
 
+@pytest.mark.slow
 def test_what_is_left_grows_with_k_to_the_whole_and_the_table_says_so(capsys):
     result = bench_topk.run(ks=(1, 8, 512), problems=2, max_tokens=8)
     table = capsys.readouterr().out

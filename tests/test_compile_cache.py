@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import collections, json, sys
 import jax
@@ -19,6 +21,7 @@ print(json.dumps({**seen, "loss": float(out["loss"])}))
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(tmp_path):
     def process() -> dict:
         command = [sys.executable, "-c", SCRIPT, str(tmp_path / "cache")]

@@ -119,6 +119,7 @@ def adapter_step(*, mesh=None, micro_batches=1):
     return jax.device_get(out), jax.device_get(trained.opt_state.trace)
 
 
+@pytest.mark.slow
 def test_a_mixed_mesh_with_micro_batches_gives_the_loss_and_gradient_of_one_device():
     one, mesh = adapter_step(), make_mesh(MeshConfig(2, 2, 2))
     assert_same(adapter_step(mesh=mesh, micro_batches=2), one, 1e-6, 1e-5)

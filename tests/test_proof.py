@@ -47,6 +47,7 @@ def answers(pools, noise: float, update: float, tolerance: float, fresh: bool) -
     return found
 
 
+@pytest.mark.slow
 def test_the_three_answers_over_noise_and_updates(pools):
     print(f"\n{'noise':>8} {'update':>8}   fresh: verified undecided stale   stale: verified undecided stale")
     for dtype, noise in NOISE.items():

@@ -210,6 +210,7 @@ def test_batches_hold_every_document_once_and_no_row_is_empty(tokenizer):
     assert set(rows) | set(waiting) == {tuple(document.ids.tolist()) for document in drawn}
 
 
+@pytest.mark.slow
 def test_pretraining_learns_and_is_bit_identical_under_one_seed():
     recipe = replace(pretrain.STUDENT, hidden=32, intermediate=32, layers=1, heads=2, kv_heads=1, steps=30, warmup=5)
     tokens = np.tile(np.arange(16, dtype=np.int32), (4, 1))

@@ -110,6 +110,7 @@ def test_what_is_no_training_is_refused_as_one_of_several_processes(run_dir, tmp
         assert code == 2 and f"mpd-jax {words[0]}: it was started as one process of several" in error
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_and_exported_alone_and_merged(tmp_path, capsys):
     """Against its own switched-off self, so that no teacher is loaded; merged by hand from the exported adapter."""
     from mpd_jax import config, roles, run

@@ -143,6 +143,7 @@ def model_in(directory: str):
     return lambda ids: all_TV(tuple(ids))
 
 
+@pytest.mark.slow
 def test_a_served_student_writes_with_the_weights_of_its_step_and_every_push_is_on_disk(tmp_path, here, compiled):
     start = model_in(str(TINY / "student"))
     with FakeServer(start, vocab_size=512, window=WINDOW, eos_id=END, read_weights=model_in) as server:
