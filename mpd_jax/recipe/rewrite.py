@@ -6,6 +6,7 @@ is always required.
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -179,7 +180,7 @@ class ModelRewriter:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Cut(ABC):
     """A mechanical cut of the reasoning, before the original's own answer; `kept` says where."""
 
     judge: Judge
@@ -196,9 +197,9 @@ class Cut:
         by_id = {problem.id: problem for problem in problems}
         return [self.judge.settle(self._cut(by_id[original.problem_id], original)) for original in written]
 
+    @abstractmethod
     def kept(self, problem: Problem, reasoning: Sequence[int]) -> int | None:
         """How many tokens of the reasoning are left; None where there is no place to cut."""
-        raise NotImplementedError
 
     def _cut(self, problem: Problem, original: Trajectory) -> Trajectory:
         chat = self.judge.chat
