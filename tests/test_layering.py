@@ -10,6 +10,7 @@ LAYERS = [
     {"types"},
     {"hosts"},
     {"files"},
+    {"trees"},
     {"lock", "named"},
     {"sharding", "recipe.loss", "recipe.fused", "recipe.weights", "sampling.sampler", "eval.grade", "eval.math_worker"},
     {"models"},
