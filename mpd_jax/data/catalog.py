@@ -119,8 +119,9 @@ def _gpqa(row: Fields) -> Fields:
     }
 
 
-def _asked(row: Fields) -> Fields:
-    return {"question": row["question"], "answer": row["answer"]}
+def _amc23(row: Fields) -> Fields:
+    """Its answers are whole numbers, whether they are held as text, integer or decimal."""
+    return {"question": row["question"], "answer": str(row["answer"]).removesuffix(".0")}
 
 
 def boxed(text: str) -> str:
@@ -231,7 +232,7 @@ READY: dict[str, Ready] = {
                 "test-00000-of-00001.parquet": "b696e87ba47be4e879a60fd4ef1d4aa522ba78c5ae013c6aff5cc9788a397c5e",
             }
         },
-        _asked,
+        _amc23,
         ("question", "answer"),
     ),
     "gpqa_diamond": Ready(
