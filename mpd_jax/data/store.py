@@ -20,6 +20,7 @@ from mpd_jax.types import Problem
 
 NONE = 2**32 - 1  # a length that says: there is no such text
 QUESTION = FIELDS.index("question")
+ASKED = slice(QUESTION, FIELDS.index("answer") + 1)  # what is asked, and what the answer is
 TEXTS = operator.attrgetter(*FIELDS)
 
 
@@ -52,17 +53,15 @@ class Problems(Sequence[Problem]):
         self._hash, self._all = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
 
     def add(self, problem: Problem) -> None:
-        texts = TEXTS(problem)
-        stored = [b"" if text is None else text.encode() for text in texts]
-        lengths = [NONE if text is None else len(data) for text, data in zip(texts, stored, strict=True)]
-        whole = b"".join(stored)
+        stored = [None if text is None else text.encode() for text in TEXTS(problem)]
+        lengths = array("I", [NONE if data is None else len(data) for data in stored])
+        whole = b"".join(filter(None, stored))
         self._file.write(whole)
         self._lengths.extend(lengths)
         self._offsets.append(self._offsets[-1] + len(whole))
         self._contents.append(content_of(problem.question))
-        _, question, answer = stored[:3]
-        self._hash.update(b"%d %d " % (len(question), len(answer)) + question + answer)
-        self._all.update(repr(lengths).encode() + whole)
+        self._hash.update(lengths[ASKED].tobytes() + b"".join(filter(None, stored[ASKED])))
+        self._all.update(lengths.tobytes() + whole)
 
     def end_part(self, name: str, weight: float) -> Part:
         """What was added since the last part ended is a part, and can be read."""
