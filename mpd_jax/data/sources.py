@@ -191,6 +191,8 @@ def of_tfds(name: str, split: str | None, directory: str | None) -> Iterator[Row
     tfds = needed("tensorflow_datasets", what)
     try:
         splits = list(tfds.builder(name, data_dir=directory).info.splits)
+        if not splits:
+            raise FileNotFoundError("known to tensorflow-datasets, and not prepared here")
         found = tfds.data_source(name, split=_split(split, splits, what), data_dir=directory, download=False)
         count = len(found)
     except UserError:
