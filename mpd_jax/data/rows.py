@@ -28,13 +28,13 @@ def problem(row: Mapping[str, Any], named: Mapping[str, str], where: str, defaul
         if type(value) is str and value.isascii():
             found[field] = value  # nearly all are such, of a million rows
             continue
+        if column not in row and field not in named and field != "question":
+            continue
         there, value = _reach(row, column)
         if field == "question" and not there and field not in named and MESSAGES in row:
             column, there, value = MESSAGES, True, row[MESSAGES]
         if not there:
-            if field in named or field == "question":
-                raise UserError(f"{where}: no column {column!r}; it has {', '.join(map(repr, row))}: set {key}.{field}")
-            continue
+            raise UserError(f"{where}: no column {column!r}; it has {', '.join(map(repr, row))}: set {key}.{field}")
         place = f"{where}, column {column!r}"
         if field == "question":
             value, worked = _asked(value, place, key)
