@@ -117,13 +117,14 @@ def _parquet(path: AnyPath, named: Mapping[str, str]) -> Iterator[Row]:
     parquet, arrow = needed("pyarrow.parquet", f"problems: {path}: Parquet"), needed("pyarrow", "Parquet")
     with path.open("rb") as opened:
         try:
-            file = parquet.ParquetFile(opened)
+            # Read as it is used: a file may be one group of a million rows.
+            file = parquet.ParquetFile(opened, pre_buffer=False, buffer_size=2**20)
         except arrow.ArrowInvalid as error:
             raise UserError(f"problems: {path}: not a Parquet file ({error}); write it anew") from None
         names = file.schema_arrow.names
         number = 0
         try:
-            for batch in file.iter_batches(BATCH, columns=_among(names, named)):
+            for batch in file.iter_batches(BATCH, columns=_among(names, named), use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, f"problems: {path}, row {number}", row
