@@ -11,6 +11,7 @@ from mpd_jax.data import sources
 from mpd_jax.data.problems import ProblemsConfig, Source, read, read_file
 from mpd_jax.data.store import Problems
 from mpd_jax.types import Problem, UserError
+from tests import tfds_files
 
 HERE = Path(__file__).parent
 PREPARED = HERE / "data/tfds"  # ten problems, written by tests/tfds_files.py
@@ -31,15 +32,14 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def whole(monkeypatch, tmp_path) -> tuple[Path, list[dict], dict[str, str]]:
+def whole() -> tuple[Path, list[dict], dict[str, str]]:
     """MATH-500 where it lies beside the repository, else the ten problems; its rows; its columns."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return (MATH500, rows_of(MATH500), COLUMNS) if MATH500.is_file() else (TEN, rows_of(TEN), {})
 
 
-def test_parquet_holds_the_same_problems_in_the_same_order(tmp_path, monkeypatch):
+def test_parquet_holds_the_same_problems_in_the_same_order(tmp_path):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path, rows, columns = whole(monkeypatch, tmp_path)
+    path, rows, columns = whole()
     for name, part in (("one.parquet", rows), ("many/a.parquet", rows[:7]), ("many/b.parquet", rows[7:])):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         parquet.write_table(arrow.Table.from_pylist(part), tmp_path / name, row_group_size=3)
@@ -56,9 +56,9 @@ def test_parquet_holds_the_same_problems_in_the_same_order(tmp_path, monkeypatch
     assert read_file(tmp_path / "many", columns) == read_file(lines, columns)
 
 
-def test_a_dataset_of_hugging_face_holds_the_same_problems_in_the_same_order(tmp_path, monkeypatch):
+def test_a_dataset_of_hugging_face_holds_the_same_problems_in_the_same_order(tmp_path):
     datasets = pytest.importorskip("datasets")
-    path, rows, columns = whole(monkeypatch, tmp_path)
+    path, rows, columns = whole()
     expected = read_file(path, columns)
     saved = datasets.Dataset.from_list(rows)
     saved.save_to_disk(tmp_path / "saved")
@@ -100,7 +100,7 @@ def test_a_set_of_the_hub_that_is_not_here_is_told_with_the_command_that_fetches
     assert f"hf download owner/name --repo-type dataset --revision {'0' * 40} --local-dir name" in str(caught.value)
 
 
-def test_tfds_holds_the_same_problems_in_the_same_order_without_tensorflow():
+def test_tfds_holds_the_same_problems_in_the_same_order_without_tensorflow(tmp_path):
     pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("array_record")
     expected = read_file(TEN)
@@ -108,6 +108,9 @@ def test_tfds_holds_the_same_problems_in_the_same_order_without_tensorflow():
     for name in ("tfds:ten", "tfds:ten:1.0.0"):
         assert of(Source(name, split="train"), tfds=str(PREPARED)) == expected
     assert of(Source("tfds:ten"), tfds=str(PREPARED)) == expected
+    path, rows, columns = whole()
+    tfds_files.write(tmp_path, "whole", rows)
+    assert of(Source("tfds:whole", columns=columns), tfds=str(tmp_path)) == read_file(path, columns)
     assert "tensorflow" not in sys.modules
     for source, said in (
         (Source("tfds:ten", split="test"), r"split = 'test' is none of its splits; choose one of train"),
