@@ -47,6 +47,8 @@ FREE = (
     "guards",
     "eval",
     "mesh",
+    "problems.directory",
+    "problems.tfds",
     "sampling.slots",
     "sampling.prompt_tokens",
     "sampling.prefill_chunk",
@@ -284,7 +286,7 @@ def evaluated_with(c: RunConfig) -> dict[str, Any]:
     made_with = {
         "eval": dataclasses.asdict(dataclasses.replace(c.eval, every=0, concise_row=True)),
         "seed": c.run.seed,
-        "problems": [c.problems.heldout, c.problems.heldout_columns, c.problems.columns],
+        "problems": c.problems.described("heldout"),
         "contexts": [c.recipe.contexts.plain, c.recipe.contexts.concise],
         "student": dataclasses.asdict(c.student),
     }
