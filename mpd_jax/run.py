@@ -288,7 +288,7 @@ def evaluated_with(c: RunConfig) -> dict[str, Any]:
     made_with = {
         "eval": dataclasses.asdict(dataclasses.replace(c.eval, every=0, concise_row=True)),
         "seed": c.run.seed,
-        "problems": [c.problems.heldout, c.problems.heldout_columns, c.problems.columns],
+        "problems": c.problems.described("heldout"),
         "contexts": [c.recipe.contexts.plain, c.recipe.contexts.concise],
         "student": dataclasses.asdict(c.student),
     }

@@ -38,7 +38,7 @@ LAYERS = [
     {"plan"},
     {"doctor"},
     {"run"},
-    {"use", "offline", "eval.instructions", "eval.arms", "eval.comparison", "eval.pareto", "eval.compare"},
+    {"use", "offline", "dedup", "eval.instructions", "eval.arms", "eval.comparison", "eval.pareto", "eval.compare"},
     {"bench_head", "bench_pack", "bench_sample"},
     {"bench_serve", "bench_topk"},
     {"cli"},
