@@ -10,6 +10,7 @@ LAYERS = [
     {"types"},
     {"hosts"},
     {"files"},
+    {"trees"},
     {"lock", "named"},
     {
         "sharding",
@@ -24,7 +25,15 @@ LAYERS = [
     {"models"},
     {"data", "sampling", "train.state"},
     {"recipe.write", "recipe.keep", "recipe.rewrite", "recipe.target"},
-    {"recipe.recipe", "train.step", "train.checkpoint", "train.metrics", "train.records", "train.ahead"},
+    {
+        "recipe.recipe",
+        "train.step",
+        "train.checkpoint",
+        "train.metrics",
+        "train.records",
+        "train.making",
+        "train.ahead",
+    },
     {"eval.statistics", "eval.samples", "eval.figures", "eval.tables", "eval.evaluate", "eval.intervals", "eval.plot"}
     | {"train.loop", "train.guards", "train.curriculum"},
     {"config"},

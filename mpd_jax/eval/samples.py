@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from mpd_jax import files
+from mpd_jax import files, trees
 from mpd_jax.files import AnyPath, write_atomically
 from mpd_jax.types import UserError
 
@@ -120,15 +120,10 @@ def growing(path: AnyPath, made_with: Mapping[str, Any]) -> Iterator[Growing]:
     data = files.read(path) or b""
     whole = data[: data.rfind(b"\n") + 1]
     samples = _parsed(path, whole)
-    there = settings_of(path)
-    changed = [
-        f"{key} = {made_with.get(key)!r}, and {there.get(key)!r} there"
-        for key in sorted(made_with.keys() | there.keys())
-        if made_with.get(key) != there.get(key)
-    ]
+    changed = trees.apart(made_with, settings_of(path))
     if samples and changed:
         raise UserError(
-            f"--out: {path} holds samples made with other settings ({'; '.join(changed)}); choose another directory, "
+            f"--out: {path} holds samples made with other settings ({changed}); choose another directory, "
             "or restore these values to go on"
         )
     if changed:
