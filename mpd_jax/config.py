@@ -188,9 +188,9 @@ def _refuse_unknown_keys(tree: Any, owner: type, prefix: str) -> None:
         inner = _dataclass_in(hints[key])
         if inner is not None:
             _refuse_unknown_keys(value, inner, f"{prefix}{key}.")
-        named = _dataclass_by_name(hints[key])
-        for name, section in value.items() if named and isinstance(value, dict) else ():
-            _refuse_unknown_keys(section, named, f"{prefix}{key}.{name}.")
+        if (named := _dataclass_by_name(hints[key])) and isinstance(value, dict):
+            for name, section in value.items():
+                _refuse_unknown_keys(section, named, f"{prefix}{key}.{name}.")
 
 
 # What a key may hold, in plain words.

@@ -69,6 +69,15 @@ def test_a_wrong_command_does_not_parse(line, said):
     assert said in (parse(line.split()) or "")
 
 
+def test_the_problem_sets_of_the_readme_resolve():
+    from mpd_jax import config
+
+    (block,) = re.findall(r"```yaml\n(problems:\n.*?)```", README, re.S)
+    tree = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
+    resolved = config.resolve({**tree, **yaml.safe_load(block)}).problems
+    assert resolved.train == ("omi", "dapo_math_17k") and resolved.sources["omi"].weight == 3
+
+
 def test_every_config_command_in_the_readme_resolves():
     from mpd_jax import config
 

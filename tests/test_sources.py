@@ -116,6 +116,7 @@ def test_tfds_holds_the_same_problems_in_the_same_order_without_tensorflow():
             Source("tfds:absent_set"),
             r"tfds:absent_set: .*prepared where TensorFlow is installed: python -c .*file_format='array_record'",
         ),
+        (Source("tfds:math_qa"), r"tfds:math_qa: .*not prepared here\. It is read here, and prepared where Tensor"),
     ):
         with pytest.raises(UserError, match=said):
             of(source, tfds=str(PREPARED))

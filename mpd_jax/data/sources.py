@@ -12,6 +12,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from pydantic_core import from_json
+
 from mpd_jax import files
 from mpd_jax.data.rows import DROPPED, FIELDS, MESSAGES
 from mpd_jax.files import AnyPath
@@ -67,14 +69,20 @@ def _jsonl(path: AnyPath) -> Iterator[Row]:
         for number, line in enumerate(file, start=1):
             place = f"problems: {path}, line {number}"
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"problems: {path}: not UTF-8 at byte {start + error.start}; store the file as UTF-8"
-                ) from None
+                row = from_json(line)  # three times as fast as json, and no word on where the error is
+            except ValueError:
+                row = None
+            if type(row) is not dict:
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"problems: {path}: not UTF-8 at byte {start + error.start}; store the file as UTF-8"
+                    ) from None
+                row = _object(text, place) if text.strip() else None
             start += len(line)
-            if text.strip():
-                yield number, place, _object(text, place)
+            if row is not None:
+                yield number, place, row
 
 
 def _object(text: str, place: str) -> dict[str, Any]:
@@ -155,7 +163,7 @@ def of_hub(
             found = datasets.load_dataset(name, subset, revision=revision)
     except Exception as error:  # the library's own, the hub's, and those of each file format
         raise UserError(
-            f"{what}: {type(error).__name__}: {error}. If the set is not here, run where the hub can be reached: hf "
+            f"{what}: {_first_line(error)}. If the set is not here, run where the hub can be reached: hf "
             f"download {name} --repo-type dataset --revision {revision} --local-dir {name.split('/')[-1]}; bring the "
             f"directory here, and read {HUB}{name.split('/')[-1]}"
         ) from error
@@ -183,18 +191,25 @@ def of_tfds(name: str, split: str | None, directory: str | None) -> Iterator[Row
     tfds = needed("tensorflow_datasets", what)
     try:
         splits = list(tfds.builder(name, data_dir=directory).info.splits)
+        if not splits:
+            raise FileNotFoundError("known to tensorflow-datasets, and not prepared here")
         found = tfds.data_source(name, split=_split(split, splits, what), data_dir=directory, download=False)
         count = len(found)
     except UserError:
         raise
     except Exception as error:  # it has a different one for each thing that is missing
         raise UserError(
-            f"{what}: {type(error).__name__}: {error}. It is read here, and prepared where TensorFlow is installed: "
+            f"{what}: {_first_line(error)}. It is read here, and prepared where TensorFlow is installed: "
             f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', file_format='array_record')"
             f'.download_and_prepare()"; bring its directory here, to {directory or "~/tensorflow_datasets"}'
         ) from error
     for number in range(1, count + 1):
         yield number, f"{what}, row {number}", _plain(found[number - 1])
+
+
+def _first_line(error: Exception) -> str:
+    """Some go on with the names of all the sets that there are."""
+    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0].rstrip('.')}"
 
 
 def _plain(value: Any) -> Any:

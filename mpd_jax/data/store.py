@@ -20,7 +20,8 @@ from mpd_jax.types import Problem
 
 NONE = 2**32 - 1  # a length that says: there is no such text
 QUESTION = FIELDS.index("question")
-ASKED = slice(QUESTION, FIELDS.index("answer") + 1)  # what is asked, and what the answer is
+ANSWER = FIELDS.index("answer")
+BLOCK = 2**24  # bytes that are read at a time
 TEXTS = operator.attrgetter(*FIELDS)
 
 
@@ -50,31 +51,32 @@ class Problems(Sequence[Problem]):
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the problems are used
         weakref.finalize(self, self._file.close)
         self._offsets, self._lengths, self._contents = array("q", [0]), array("I"), array("Q")
-        self._hash, self._all = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+        self._answers = hashlib.blake2b(digest_size=8)
 
     def add(self, problem: Problem) -> None:
         stored = [None if text is None else text.encode() for text in TEXTS(problem)]
-        lengths = array("I", [NONE if data is None else len(data) for data in stored])
-        whole = b"".join(filter(None, stored))
-        self._file.write(whole)
-        self._lengths.extend(lengths)
-        self._offsets.append(self._offsets[-1] + len(whole))
+        self._lengths.extend([NONE if data is None else len(data) for data in stored])
+        self._offsets.append(self._offsets[-1] + self._file.write(b"".join(filter(None, stored))))
         self._contents.append(content_of(problem.question))
-        self._hash.update(lengths[ASKED].tobytes() + b"".join(filter(None, stored[ASKED])))
-        self._all.update(lengths.tobytes() + whole)
+        answer = stored[ANSWER]
+        self._answers.update(b"\0" if answer is None else b"\1%d:" % len(answer) + answer)
 
     def end_part(self, name: str, weight: float) -> Part:
         """What was added since the last part ended is a part, and can be read."""
         self._file.flush()
-        size = len(self) - sum(part.size for part in self.parts)
-        self.parts.append(Part(name, size, weight, self._hash.hexdigest()))
-        self._hash = hashlib.blake2b(digest_size=8)
+        first = sum(part.size for part in self.parts)
+        self._answers.update(self.contents[first:].tobytes())
+        self.parts.append(Part(name, len(self) - first, weight, self._answers.hexdigest()))
+        self._answers = hashlib.blake2b(digest_size=8)
         return self.parts[-1]
 
     @property
     def digest(self) -> str:
         """A hash of the parts and of all that the problems hold."""
-        return repr((self.parts, self._all.hexdigest()))
+        found = hashlib.blake2b(repr(self.parts).encode() + self._lengths.tobytes(), digest_size=8)
+        for start in range(0, self._offsets[-1], BLOCK):
+            found.update(os.pread(self._file.fileno(), BLOCK, start))
+        return found.hexdigest()
 
     @property
     def contents(self) -> np.ndarray:
