@@ -34,6 +34,19 @@ def _trajectory(fields: dict[str, Any]) -> Trajectory:
     return Trajectory(**{**fields, **tuples, "original": _trajectory(original) if original else None})
 
 
+def read_trajectories(path: AnyPath) -> tuple[dict[str, Any], list[Trajectory]]:
+    """Head and trajectories of a file of `Records`, whatever the run; ValueError if it is damaged or absent."""
+    try:
+        first, *lines = (files.read(path) or b"").decode().splitlines()
+        head, trajectories = json.loads(first), [from_json(line) for line in lines]
+        whole = head["count"] == len(trajectories)
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged") from error
+    if not whole:
+        raise ValueError(f"{path} is damaged: a part is lost")
+    return head, trajectories
+
+
 class Records:
     """Files `trajectories/step_000012.jsonl` of a run; what was written is kept until its rewrite is there.
 

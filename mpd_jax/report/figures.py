@@ -1,0 +1,172 @@
+"""Which charts a report has, and of what: accuracy against tokens, lengths, and the curves of training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from mpd_jax.eval.evaluate import Sample
+from mpd_jax.report import charts
+from mpd_jax.report.charts import Line, Mark
+from mpd_jax.report.gather import Measured, RunFiles
+from mpd_jax.train.records import read_trajectories
+from mpd_jax.types import Trajectory
+
+SHAPES = {"base": "square", "concise": "diamond", "cut": "triangle", "step": "circle", "trained": "circle"}
+MEANINGS = (
+    ("square", "untrained"),
+    ("diamond", "untrained, asked for fewer words"),
+    ("triangle", "untrained, cut to the trained length"),
+    ("circle", "checkpoint"),
+    ("full circle", "trained"),
+)
+
+
+def accuracy_against_tokens(runs: Sequence[RunFiles]) -> Markup:
+    """One chart a temperature, the headline's first: every checkpoint of every run that was evaluated."""
+    first = [run.headline_temperature for run in runs]
+    there = [m.temperature for run in runs for m in run.measured]
+    temperatures = list(dict.fromkeys([t for t in first if t is not None] + there))
+    made = []
+    for temperature in temperatures:
+        marks = [
+            _marked(m, slot, run.name if len(runs) > 1 else "")
+            for slot, run in enumerate(runs)
+            for m in run.measured
+            if m.temperature == temperature and m.kind in SHAPES
+        ]
+        if marks:
+            used = {f"full {m.shape}" if m.filled else m.shape for m in marks}
+            shapes = [(shape, meaning) for shape, meaning in MEANINGS if shape in used]
+            made.append(charts.scatter(said(temperature), marks, "tokens per response", "accuracy, %", shapes))
+    return charts.join(made)
+
+
+def said(temperature: float) -> str:
+    return f"temperature {temperature:g}" if temperature else "greedy"
+
+
+def _marked(m: Measured, slot: int, run: str) -> Mark:
+    f = m.figures
+    accuracy, tokens = 100 * f["accuracy"], f["mean_tokens"]
+    low, high = (100 * v for v in f.get("accuracy_ci") or (f["accuracy"],) * 2)
+    name = f"{run}: {f['name']}" if run else f["name"]
+    words = f"{name}: {accuracy:.1f} % [{low:.1f}, {high:.1f}], {tokens:.1f} tokens"
+    x_interval = tuple(f.get("mean_tokens_ci") or (tokens, tokens))
+    trained, joined = m.kind == "trained", m.kind in ("base", "step", "trained")
+    return Mark(words, tokens, accuracy, x_interval, (low, high), slot, SHAPES[m.kind], trained, joined)
+
+
+def lengths(run: RunFiles) -> list[Markup | None]:
+    """Held-out responses before and after at the headline temperature; and of training, as written and rewritten."""
+    temperature = run.headline_temperature
+    before, after = run.before(temperature), run.after(temperature)
+    groups = [
+        (m.figures["name"], tokens_of(run.samples, m.figures["name"], temperature), slot)
+        for slot, m in enumerate((before, after))
+        if m is not None
+    ]
+    title = "held-out responses" + (f", {said(temperature)}" if temperature is not None else "")
+    made = [charts.histogram(title, groups, "tokens per response")]
+    for path in (run.trajectories[0], run.trajectories[-1]) if len(run.trajectories) > 1 else run.trajectories:
+        try:
+            head, trajectories = read_trajectories(path)
+        except ValueError:
+            run.missing.append(f"trajectories/{path.name}: damaged, and left out of the lengths")
+            continue
+        made.append(charts.histogram(f"training, step {head['step'] + 1}", _written(trajectories), "tokens"))
+    return made
+
+
+def tokens_of(samples: Mapping[str, Sequence[Sample]], name: str, temperature: float | None) -> list[float]:
+    return [s.tokens for group in samples.values() for s in group if s.name == name and s.temperature == temperature]
+
+
+def _written(trajectories: Sequence[Trajectory]) -> list[tuple[str, Sequence[float], int]]:
+    rewritten = [float(len(t.response)) for t in trajectories if t.original is not None and not t.dropped]
+    written = [float(len((t.original or t).response)) for t in trajectories]
+    return [("as written", written, 0), *([("rewritten", rewritten, 1)] if rewritten else [])]
+
+
+def training(runs: Sequence[RunFiles]) -> Markup:
+    """Curves of all runs over each other: loss, lengths, divergence, entropy and accuracy of what was written."""
+    several = len(runs) > 1
+
+    def curves(*keys: tuple[str, str]) -> list[Line]:
+        # One run: a colour a figure. Several: a colour a run, and the figure's name beside its own.
+        made = []
+        for number, run in enumerate(runs):
+            for at, (key, label) in enumerate(keys):
+                points = values(run.steps, lambda row, key=key: row.get(key))
+                name = f"{run.name}, {label}" if several and len(keys) > 1 else run.name if several else label
+                made.append(smoothed(name, points, number if several else at))
+        return made
+
+    single = [
+        ("loss", "", (("loss", "loss"),)),
+        ("divergence from the target", "nats a token", (("divergence", "divergence"),)),
+        ("accuracy of what was written", "share", (("rollout_accuracy", "accuracy"),)),
+        ("compression ratio", "rewritten over written", (("compression_ratio", "ratio"),)),
+        ("gradient norm", "", (("grad_norm", "norm"),)),
+    ]
+    tokens = (("written_tokens", "as written"), ("response_tokens", "trained on"))
+    entropy = (("student_entropy", "student"), ("target_entropy", "target"))
+    for title, unit, keys in (("tokens per response", "", tokens), ("entropy", "nats a token", entropy)):
+        if several:
+            single += [(f"{title}, {label}", unit, ((key, label),)) for key, label in keys]
+        else:
+            single.insert(1, (title, unit, keys))
+    return charts.join([charts.lines(title, curves(*keys), "step", unit) for title, unit, keys in single])
+
+
+def of_one_run(run: RunFiles) -> Markup:
+    """What cannot lie over another run's: divergence by position, verdicts, and where the time went."""
+    return charts.join([_by_position(run), _verdicts(run), _seconds(run)])
+
+
+def values(steps: Sequence[Mapping[str, Any]], of: Callable[[Mapping[str, Any]], Any]) -> list[tuple[float, float]]:
+    """(updates after the step, figure) where there is one."""
+    found = [(row["step"] + 1, of(row)) for row in steps]
+    return [(float(step), float(y)) for step, y in found if isinstance(y, int | float)]
+
+
+def smoothed(label: str, points: Sequence[tuple[float, float]], slot: int) -> Line:
+    """Single steps faint and their running mean strong, where there are many; at most some 400 points each."""
+    width = max(1, len(points) // 20)
+    if width == 1:
+        return Line(label, points, slot)
+    x, y = np.array(points).T
+    kernel = np.ones(width)
+    mean = np.convolve(y, kernel, "same") / np.convolve(np.ones(len(y)), kernel, "same")
+    every = max(1, len(points) // 400)
+    strong = list(zip(x[::every].tolist(), mean[::every].tolist(), strict=True))
+    return Line(label, strong, slot, list(zip(x[::every].tolist(), y[::every].tolist(), strict=True)))
+
+
+def _by_position(run: RunFiles) -> Markup | None:
+    def at(row: Mapping[str, Any], start: int) -> Any:
+        return next((b["mean"] for b in row.get("divergence_by_position") or () if b["from"] == start), None)
+
+    starts = sorted({b["from"] for row in run.steps for b in row.get("divergence_by_position") or ()})
+    made = [
+        smoothed(f"from token {start}", values(run.steps, lambda row, start=start: at(row, start)), slot)
+        for slot, start in enumerate(starts)
+    ]
+    return charts.lines("divergence by position", made, "step", "nats a token")
+
+
+def _verdicts(run: RunFiles) -> Markup | None:
+    rows = [row for row in run.steps if row.get("verdicts")]
+    names = sorted({name for row in rows for name in row["verdicts"]}, key=lambda name: (name != "kept", name))
+    totals = [sum(row["verdicts"].values()) or 1 for row in rows]
+    parts = [(n, [r["verdicts"].get(n, 0) / t for r, t in zip(rows, totals, strict=True)]) for n in names]
+    return charts.stacked("verdicts", [float(r["step"] + 1) for r in rows], parts, "% of trajectories")
+
+
+def _seconds(run: RunFiles) -> Markup | None:
+    rows = [row for row in run.steps if "train_share" in row]
+    ends = "_share"
+    names = list(dict.fromkeys(key for row in rows for key in row if key.endswith(ends)))
+    parts = [(name.removesuffix(ends), [row.get(name) or 0.0 for row in rows]) for name in names]
+    return charts.stacked("wall time by phase", [float(r["step"] + 1) for r in rows], parts, "% of a step")
