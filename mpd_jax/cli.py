@@ -333,7 +333,7 @@ def rewrite(
         Path,
         typer.Argument(
             metavar="IN.jsonl",
-            help="Problems with responses, one object a line; or a run's trajectories/step_*.jsonl.",
+            help="Problems with responses, one object a line; or a run's trajectories/step_*.jsonl.gz.",
             show_default=False,
         ),
     ],

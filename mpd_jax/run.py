@@ -77,6 +77,8 @@ FREE = (
     "train.save_every",
     "train.keep",
     "train.keep_best",
+    "train.keep_trajectories",
+    "train.trackers",
 )
 BASE, CONCISE, TRAINED = "base", "prompt-only concise", "trained"
 EXAMPLES = "training problems"  # the trained student on problems of the first steps, beside what was trained on
