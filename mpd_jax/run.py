@@ -238,7 +238,8 @@ class Judged:
         once = dataclasses.replace(
             run.config.eval, problems=wanted, attempts=1, temperatures=run.config.eval.temperatures[:1]
         )
-        run.load_student(state.weights, state.step)
+        if run.student_sampler.version != state.step:
+            run.load_student(state.weights, state.step)
         self._evaluate(name, "plain", list(found.values()), once)
 
     def forget_after(self, step: int) -> None:

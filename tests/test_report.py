@@ -105,8 +105,12 @@ def test_examples_lie_side_by_side_and_can_be_filtered(tmp_path, encode):
         "wrong → right",
         "wrong before and after",
     }
-    for text in ("original by the untrained student", "rewrite by the teacher", "training problems, step 2"):
-        assert page.text.count(text) >= 6
+    titles = {
+        "original by the untrained student": 16,
+        "rewrite by the teacher": 8,
+        "training problems, step 2": 7,
+    }  # once as a file
+    assert {title: page.text.count(title) for title in titles} == titles
     assert {select["name"] for select in page.named("select")} == {"source", "verdict", "change"}
     assert len(page.named("del")) >= 8 and len(page.named("ins")) >= 8
 
@@ -283,6 +287,11 @@ def test_a_histogram_holds_all_of_a_group_and_a_scatter_its_intervals():
     floor = charts.HEIGHT - charts.BOTTOM
     tall, short = floor - min(heights), floor - heights[-2]
     assert tall / short == pytest.approx(3, abs=0.02)
+    few, many = [0.0, 10.0], [0.0, 10.0] * 30
+    first, second = re.findall(
+        r'class="area s\d" d="([^"]*)"', str(charts.histogram("t", [("a", few, 0), ("b", many, 1)], "x"))
+    )
+    assert first == second  # shares, not counts
     mark = charts.Mark("m", 5.0, 50.0, (2.0, 9.0), (10.0, 90.0), 0)
     (cross,) = re.findall(
         r'class="cross s0" d="M(\S+) (\S+)H(\S+)M(\S+) (\S+)V(\S+)"', str(charts.scatter("t", [mark], "x", "y", []))

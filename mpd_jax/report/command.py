@@ -14,7 +14,7 @@ from mpd_jax import __version__, files
 from mpd_jax.eval import evaluate as evaluation
 from mpd_jax.files import AnyPath
 from mpd_jax.report import figures
-from mpd_jax.report.examples import UNKNOWN, Example, examples_of
+from mpd_jax.report.examples import CANDIDATES, UNKNOWN, Example, examples_of
 from mpd_jax.report.gather import Measured, RunFiles, gather, name_runs
 from mpd_jax.screen import Screen
 from mpd_jax.types import UserError
@@ -48,7 +48,12 @@ class Headline:
 def run(sources: Sequence[str], out: str | None) -> AnyPath:
     """Writes the report, shows its headline, and returns where it is."""
     screen = Screen()
-    runs = [gather(source) for source in dict.fromkeys(source.rstrip("/") for source in sources)]
+    different = list(dict.fromkeys(source.rstrip("/") for source in sources))
+    runs = []
+    with screen.bar("reading runs", len(different)) as advance:
+        for source in different:
+            runs.append(gather(source))
+            advance(len(runs), source)
     name_runs(runs)
     path = files.path(out) if out else (runs[0].path if len(runs) == 1 else Path()) / "report.html"
     if not files.remote(path) and Path(path).is_dir():
@@ -170,9 +175,8 @@ def _examples(
     left_out = 0
     for slot, each in enumerate(runs):
         room = EXAMPLE_BYTES // len(runs)
-        with screen.bar(f"{each.name}: comparing texts", 1) as advance:
-            candidates = examples_of(each)
-            advance(1)
+        with screen.bar(f"{each.name}: comparing texts", 2 * CANDIDATES) as advance:
+            candidates = examples_of(each, advance)
         for example in candidates:
             html = template.render(e=example, run=each.name if len(runs) > 1 else "", slot=slot)
             room -= len(html.encode())

@@ -5,8 +5,8 @@ Not here: what is drawn of it (figures.py), and the texts of single problems (ex
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import yaml
@@ -39,7 +39,11 @@ class Measured:
 
 @dataclass
 class RunFiles:
-    """A run as its files tell it. sources: what was read, as (path in the run, what it is, how much)."""
+    """A run as its files tell it.
+
+    samples: by file, without ids, of the untrained student, the trained one and the last checkpoint before it.
+    sources: what was read, as (path in the run, what it is, how much).
+    """
 
     path: AnyPath
     name: str = ""
@@ -158,19 +162,30 @@ def told(numbers: Sequence[int], noun: str) -> str:
 
 
 def _read_evaluations(run: RunFiles) -> None:
-    directory = run.path / "evaluations"
-    for path in sorted(directory.glob("*.jsonl"), key=lambda path: path.name):
+    def order(path: AnyPath) -> tuple[int, str]:
+        return _kind({"name": path.stem})[1] or 0, path.name
+
+    for path in sorted((run.path / "evaluations").glob("*.jsonl"), key=order):
         where = f"evaluations/{path.name}"
         try:
             samples = evaluation.read_samples(path)
             rows = [(row.summary(), row) for row in evaluation.rows_of(samples)]
-            run.samples[path.stem] = samples
+            _keep(run, path.stem, samples)
             run.sources.append((where, "every sample: accuracy, tokens, answers", f"{len(samples):,} samples"))
         except (UserError, ValueError) as error:
             rows = [(figures, None) for figures in _stored_rows(path.with_suffix(".json"))]
             left = f"its figures are those of {path.stem}.json" if rows else "it is left out"
             run.missing.append(f"{where}: {error}; {left}")
         run.measured += [Measured(*_kind(f), f, row) for f, row in rows if not f["name"].startswith(EXAMPLES)]
+
+
+def _keep(run: RunFiles, stem: str, samples: Sequence[Sample]) -> None:
+    """Of a long run all samples would be many gigabytes: texts are kept where they are shown, and ids nowhere."""
+    kind = _kind({"name": stem})[0]
+    if kind == "step":
+        run.samples = {name: kept for name, kept in run.samples.items() if _kind({"name": name})[0] != "step"}
+    if kind in ("base", "step", "trained") or stem.startswith(EXAMPLES):
+        run.samples[stem] = [replace(s, response_ids=()) for s in samples]
 
 
 def _stored_rows(path: AnyPath) -> list[dict[str, Any]]:
@@ -228,6 +243,3 @@ def _is_final(path: AnyPath) -> bool:
 
 def _step_of(path: AnyPath) -> int:
     return int(path.name[len("step_") :].split(".")[0])
-
-
-Progress = Callable[[int], None]
