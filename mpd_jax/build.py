@@ -16,9 +16,9 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from mpd_jax import __version__, hosts
+from mpd_jax import __version__, hosts, trees
 from mpd_jax.batches import batch_to_train_on, exchanged
-from mpd_jax.config import RunConfig, flat, under
+from mpd_jax.config import RunConfig
 from mpd_jax.data.contexts import Contexts
 from mpd_jax.data.problems import ProblemsConfig, ProblemSet, read, refuse_overlap
 from mpd_jax.eval.grade import GraderPool
@@ -361,7 +361,8 @@ def _fingerprint(config: RunConfig) -> str:
         "train.profile_steps",
         *(["train.steps"] if config.steps_are_free else []),
     )
-    text = json.dumps({k: v for k, v in flat(dataclasses.asdict(config)).items() if not under(k, free)}, sort_keys=True)
+    flat = trees.flat(dataclasses.asdict(config))
+    text = json.dumps({key: value for key, value in flat.items() if not trees.under(key, free)}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

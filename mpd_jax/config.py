@@ -15,7 +15,6 @@ from typing import Any
 import pydantic
 import yaml
 
-from mpd_jax import files
 from mpd_jax.data.problems import ProblemsConfig
 from mpd_jax.eval.evaluate import EvalConfig
 from mpd_jax.files import AnyPath
@@ -29,6 +28,7 @@ from mpd_jax.sharding import MeshConfig
 from mpd_jax.train.curriculum import CurriculumConfig
 from mpd_jax.train.guards import GuardsConfig
 from mpd_jax.train.state import TrainConfig
+from mpd_jax.trees import overridden, plain, read_yaml
 from mpd_jax.types import UserError
 
 BUCKET_DIRECTORY = re.compile(r"gs://[a-z0-9][a-z0-9._-]+/[^/*?\[\]#][^*?\[\]#]*")  # without patterns and generations
@@ -128,23 +128,6 @@ class RunConfig:
         return seeded and not (self.sampling.lookahead and "student" in self.voices)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys in silence; a config must not."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if not isinstance(key, str | int | float):
-                raise UserError(f"{key_node.start_mark.name}: line {key_node.start_mark.line + 1}: {key!r} is no key")
-            if key in seen:
-                raise UserError(
-                    f"{key_node.start_mark.name}: line {key_node.start_mark.line + 1}: {key!r} stands twice"
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
 def load(path: str | AnyPath, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """The config of a YAML file with overrides applied. UserError names key, value and remedy.
 
@@ -153,52 +136,10 @@ def load(path: str | AnyPath, overrides: typing.Sequence[str] = ()) -> RunConfig
     return resolve(read_yaml(path), overrides)
 
 
-def read_yaml(path: str | AnyPath) -> dict:
-    """The mapping in a YAML file, laid over those of the files that its key `over` names (paths beside it)."""
-    path = files.path(path)
-    return _with_bases(path, _read_one(path), ())
-
-
-def _with_bases(path: AnyPath, tree: dict, above: tuple[str, ...]) -> dict:
-    over = tree.pop("over", [])
-    if not isinstance(over, list) or not all(isinstance(name, str) for name in over):
-        raise UserError(f"config {path}: over: {over!r} is not allowed; give a list of YAML files beside this one")
-    if str(path) in above:
-        raise UserError(f"config {path}: over: it lies over itself ({' over '.join(above)}); take one of them out")
-    base: dict = {}
-    for name in over:
-        under_it = path.parent / name
-        base = _laid_over(base, _with_bases(under_it, _read_one(under_it), (*above, str(path))))
-    return _laid_over(base, tree)
-
-
-def _laid_over(base: dict, tree: dict) -> dict:
-    """`tree` where it says something, `base` elsewhere; sections are laid over each other key by key."""
-    both = {k: _laid_over(base[k], v) for k, v in tree.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
-    return {**base, **tree, **both}
-
-
-def _read_one(path: AnyPath) -> dict:
-    if not files.is_file(path):
-        raise UserError(f"config {path}: no such file; give the path of a YAML file, such as configs/quickstart.yaml")
-    try:
-        with path.open() as file:
-            tree = yaml.load(file, _UniqueKeyLoader)
-    except UserError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"config {path}: not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(
-            f"config {path}: the file holds {type(tree).__name__}, not sections; see configs/quickstart.yaml"
-        )
-    return tree
-
-
 def resolve(tree: dict, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """A checked RunConfig from a nested mapping and overrides."""
     for override in overrides:
-        tree = _override(tree, override)
+        tree = overridden(tree, override)
     _refuse_unknown_keys(tree, RunConfig, "")
     try:
         config = _adapter().validate_python(tree)
@@ -217,30 +158,6 @@ def resolve(tree: dict, overrides: typing.Sequence[str] = ()) -> RunConfig:
 def _adapter() -> pydantic.TypeAdapter:
     """Made once: it takes longer than reading a config."""
     return pydantic.TypeAdapter(RunConfig)
-
-
-def _override(tree: dict, text: str) -> dict:
-    key, equals, value_text = text.partition("=")
-    path = key.strip().split(".")
-    if not equals and text.endswith((".yaml", ".yml")):
-        return _laid_over(tree, read_yaml(text))
-    if not equals or not all(path):
-        raise UserError(
-            f"override {text!r}: write it as section.key=value, for example train.steps=10, or name a YAML file"
-        )
-    try:
-        value = yaml.load(value_text, _UniqueKeyLoader)
-    except UserError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"override {text!r}: the value {value_text!r} is not valid YAML; quote it") from None
-
-    def put(node: Any, rest: list[str]) -> dict:
-        node = dict(node) if isinstance(node, dict) else {}
-        node[rest[0]] = value if len(rest) == 1 else put(node.get(rest[0]), rest[1:])
-        return node
-
-    return put(tree, path)
 
 
 def _dataclass_in(annotation: Any) -> type | None:
@@ -449,25 +366,4 @@ def _check_sampled_loss(config: RunConfig) -> None:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved config as YAML that `load` reads back to an equal value."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=100)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as dotted keys."""
-    if not isinstance(tree, dict):
-        return {prefix: _plain(tree)}
-    parts = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()]
-    return {key: value for part in parts for key, value in part.items()}
-
-
-def under(key: str, sections: typing.Iterable[str]) -> bool:
-    """Whether a dotted key is one of `sections` or lies in one."""
-    return any(key == section or key.startswith(f"{section}.") for section in sections)
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=100)

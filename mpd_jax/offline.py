@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mpd_jax import build, config, files
+from mpd_jax import build, files, trees
 from mpd_jax.config import RunConfig
 from mpd_jax.data.chat import CLOSE, OPEN, Chat
 from mpd_jax.data.problems import FIELDS, read_jsonl
@@ -185,14 +185,9 @@ def _opened(out: Path, made_with: Line) -> Iterator[BinaryIO]:
         there = _json(files.read(head) or b"")
         if there is None:
             raise UserError(f"{out}: it exists, and {head.name} beside it does not say how it was made; choose another")
-        changed = [
-            f"{key} = {made_with.get(key)!r}, and {there.get(key)!r} there"
-            for key in sorted(made_with.keys() | there.keys())
-            if made_with.get(key) != there.get(key)
-        ]
-        if changed:
+        if changed := trees.apart(made_with, there):
             raise UserError(
-                f"{out}: it was made with other settings ({'; '.join(changed)}); choose another file, or restore "
+                f"{out}: it was made with other settings ({changed}); choose another file, or restore "
                 "these values to go on"
             )
         yield file
@@ -213,8 +208,8 @@ def _made_with(source: Path, settings: RunConfig, roles: Roles) -> Line:
         "run.seed",
     )
     free = [f"{model}.{how}" for model in models for how in ("remat", "attention", "serve")]
-    flat = config.flat(dataclasses.asdict(settings))
-    found = {key: value for key, value in flat.items() if config.under(key, decides) and not config.under(key, free)}
+    flat = trees.flat(dataclasses.asdict(settings))
+    found = {key: value for key, value in flat.items() if trees.under(key, decides) and not trees.under(key, free)}
     digest = hashlib.blake2b(files.read(source) or b"", digest_size=8).hexdigest()
     return {"input": digest, **json.loads(json.dumps(found))}
 

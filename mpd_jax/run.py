@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from mpd_jax import __version__, build, config, files, hosts
+from mpd_jax import __version__, build, config, files, hosts, trees
 from mpd_jax.config import RunConfig
 from mpd_jax.doctor import command as doctor
 from mpd_jax.eval import evaluate as evaluation
@@ -174,16 +174,13 @@ def refuse_another_run(run_dir: AnyPath, settings: RunConfig) -> None:
     if not files.is_file(path):
         return
     there = config.load(path)
-    old, new = (config.flat(dataclasses.asdict(c)) for c in (there, settings))
+    old, new = (trees.flat(dataclasses.asdict(c)) for c in (there, settings))
     free = (*FREE, "train.steps") if there.steps_are_free and settings.steps_are_free else FREE
-    changed = [
-        f"{key} = {new.get(key)!r}, and {old.get(key)!r} there"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not config.under(key, free)
-    ]
+    old, new = ({key: value for key, value in c.items() if not trees.under(key, free)} for c in (old, new))
+    changed = trees.apart(new, old)
     if changed:
         raise UserError(
-            f"run.dir: {run_dir} holds a run with another config ({'; '.join(changed)}); "
+            f"run.dir: {run_dir} holds a run with another config ({changed}); "
             "choose another run.dir, or restore these values to resume it"
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mpd_jax import build, config, files
+from mpd_jax import build, config, files, trees
 from mpd_jax.beside import Stream, show
 from mpd_jax.config import RunConfig
 from mpd_jax.eval import evaluate as evaluation
@@ -110,7 +110,7 @@ def _refuse_choice(source: str, which: Which | None) -> None:
 def _model_settings(source: str, config_path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Settings for a model that belongs to no run: those of a config, or the defaults."""
     if config_path:
-        tree, of_the_run = config.read_yaml(config_path), dict.fromkeys(("revision", "lora", "adapter"))
+        tree, of_the_run = trees.read_yaml(config_path), dict.fromkeys(("revision", "lora", "adapter"))
         return config.resolve(
             {**tree, "student": {**(tree.get("student") or {}), **of_the_run, "path": source}}, overrides
         )

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from mpd_jax import build, config, rollouts, samplers
+from mpd_jax import build, config, rollouts, samplers, trees
 from mpd_jax.batches import as_scored, batch_to_train_on, exchanged, target_reads
 from mpd_jax.config import RunConfig
 from mpd_jax.data.chat import Chat
@@ -33,7 +33,7 @@ from mpd_jax.types import Problem
 from tests.e2e.tiny import ROOT
 
 WORLD = ROOT / "configs" / "tiny"
-WORDS = config.read_yaml(WORLD / "world.yaml")
+WORDS = trees.read_yaml(WORLD / "world.yaml")
 TWINS = sorted(path for path in WORLD.glob("*.yaml") if path.stem != "world")
 SIZES = [
     "train.steps=2",

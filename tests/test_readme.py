@@ -84,10 +84,10 @@ def test_the_settings_of_servers_in_the_readme_are_the_defaults():
 
 
 def test_the_guards_and_the_curriculum_in_the_readme_load():
-    from mpd_jax import config
+    from mpd_jax import config, trees
 
     (block,) = (yaml.safe_load(b) for b in re.findall(r"```yaml\n(.*?)```", README, re.S) if b.startswith("guards:"))
-    tree = config.read_yaml(ROOT / "configs" / "quickstart.yaml")
+    tree = trees.read_yaml(ROOT / "configs" / "quickstart.yaml")
     tree["sampling"] |= block["sampling"]
     assert set(config.resolve({**tree, "guards": block["guards"]}).guards.bands) == {"entropy", "tokens", "finished"}
 

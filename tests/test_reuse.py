@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from mpd_jax.train.loop import _Run
 from mpd_jax.train.metrics import read_rows
 from mpd_jax.train.records import Records
 from mpd_jax.train.state import NEW_MEMORY as MEMORY
@@ -80,6 +79,6 @@ def test_records_are_taken_from_disk_unless_what_was_made_or_used_again_is_too_o
     used = [replace(t, reused=True) for t in stale]
     for saved, age, taken in ((stale, AGE, False), (used, AGE, True), (used, AGE - 1, False)):
         opened.parts.records.save(2, saved)
-        found = _Run(replace(opened.parts, max_age=age), 2).stored(2, problems, "final", MEMORY)
+        found = replace(opened.parts, max_age=age).making.stored(2, problems, "final", MEMORY)
         assert (found is not None) == taken
     opened.close()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mpd_jax import config, files
+from mpd_jax import config, files, trees
 from mpd_jax.config import RunConfig, RunSection
 from mpd_jax.eval import evaluate as evaluation
 from mpd_jax.eval.evaluate import EvalRow, Sample
@@ -130,7 +130,7 @@ def plan(
 
 def _refuse_ours(option: str, keys: Sequence[str]) -> None:
     for key in keys:
-        if config.under(key, ("run",)):
+        if trees.under(key, ("run",)):
             raise UserError(
                 f"{option}: {key} is not allowed; each run has a directory under --out, one of --seeds seeds from 0, "
                 "and what all of them compiled; take it out"
@@ -159,7 +159,7 @@ def _slug(text: str) -> str:
 def graded(c: RunConfig) -> dict[str, Any]:
     """What decides how an arm is graded, by config key: the problems, how they are asked and answered, the student."""
     tree = dataclasses.asdict(dataclasses.replace(c.eval, every=0, concise_row=True))
-    return config.flat(
+    return trees.flat(
         {
             "eval": tree,
             # Not how it trains and computes. An adapter that it starts from makes it another student.
@@ -177,15 +177,9 @@ def refuse_unequal(arms: Sequence[Arm]) -> None:
     """UserError where two arms would not be graded alike, with the keys by which they differ."""
     first, ours = arms[0], graded(arms[0].settings)
     for arm in arms:
-        theirs = graded(arm.settings)
-        apart = [
-            f"{key} = {theirs.get(key)!r}, and {ours.get(key)!r} in {first.label}"
-            for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key) != theirs.get(key)
-        ]
-        if apart:
+        if apart := trees.apart(graded(arm.settings), ours, f"in {first.label}"):
             raise UserError(
-                f"compare: {arm.label} and {first.label} would not be graded alike: {'; '.join(apart)}; set these keys "
+                f"compare: {arm.label} and {first.label} would not be graded alike: {apart}; set these keys "
                 "alike with --with, for example --with eval.problems=512"
             )
 
@@ -199,7 +193,7 @@ def unlike(arms: Sequence[Arm]) -> str:
     for key in ALIKE:
         methods: dict[str, dict[str, None]] = {}
         for arm in arms:
-            value = config.flat(dataclasses.asdict(arm.settings)).get(key)
+            value = trees.flat(dataclasses.asdict(arm.settings)).get(key)
             if value is not None and key not in arm.swept:
                 methods.setdefault(shown(value), {})[arm.method] = None
         if len(methods) > 1:

@@ -8,9 +8,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
+from mpd_jax.train.making import Begin
 from mpd_jax.types import Trajectory
-
-Begin = Callable[[int, str], None]
 
 
 class Ahead:

@@ -5,10 +5,9 @@ started again repeats the same steps with the same trajectories.
 """
 
 import io
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,6 +20,7 @@ from mpd_jax.train.ahead import Ahead
 from mpd_jax.train.checkpoint import Checkpoints
 from mpd_jax.train.curriculum import CurriculumConfig, cap, next_rung
 from mpd_jax.train.guards import Excursion, GuardsConfig, GuardStop, answer, suspect, tripped, words
+from mpd_jax.train.making import Making, Score, staleness
 from mpd_jax.train.metrics import Clock, Metrics, Row, summarise
 from mpd_jax.train.records import Records
 from mpd_jax.train.state import Memory, PyTree, RunState, Trained
@@ -75,7 +75,7 @@ class Parts:
     records: Records
     metrics: Metrics
     clock: Clock
-    score: Callable[[Sequence[Problem], Sequence[Trajectory], int], Sequence[Trajectory]] | None = None
+    score: Score | None = None
     teacher_weights: PyTree | None = None
     refresh: Callable[[PyTree, PyTree, int], PyTree] | None = None
     evaluate: Callable[[RunState], None] | None = None
@@ -91,6 +91,10 @@ class Parts:
     leaving: Callable[[int], None] | None = None
     rolled_back: Callable[[int], None] | None = None
     say: Callable[[str], None] = lambda text: None
+
+    @property
+    def making(self) -> Making:
+        return Making(self.write, self.rewrite, self.score, self.records, self.lookahead, self.max_age)
 
 
 def train(parts: Parts, state: RunState) -> RunState:
@@ -218,12 +222,12 @@ class _Run:
             parts.clock.add(ahead.seconds)
             return made
         self.asked[step] = state.memory
-        final = self.stored(step, problems, "final", state.memory)
+        final = self.parts.making.stored(step, problems, "final", state.memory)
         if final is not None:
-            return self.scored(step, problems, final, parts.clock.begin)
+            return self.parts.making.scored(step, problems, final, parts.clock.begin)
         parts.clock.begin(step, "load")
         self.load(state)
-        return self.made(step, problems, state.memory, parts.clock.begin)
+        return self.parts.making.made(step, problems, state.memory, parts.clock.begin)
 
     def look_ahead(self, state: RunState) -> None:
         """Begins the next step's trajectories, by the weights that this step starts from."""
@@ -231,66 +235,17 @@ class _Run:
         if not parts.lookahead or step >= parts.steps:
             return
         problems = parts.problems.at(step)
-        if self.stored(step, problems, "final", state.memory) is None:
+        if self.parts.making.stored(step, problems, "final", state.memory) is None:
             parts.clock.begin(state.step, "load")
             self.load(state)
             self.asked[step] = state.memory
-            self.ahead = Ahead(partial(self.made, step, problems, state.memory), parts.clock.note)
+            self.ahead = Ahead(partial(self.parts.making.made, step, problems, state.memory), parts.clock.note)
 
     def rest(self) -> None:
         """Until nothing samples any more; what was being made is made again."""
         ahead, self.ahead = self.ahead, None
         if ahead is not None:
             ahead.wait()
-
-    def made(
-        self, step: int, problems: Sequence[Problem], memory: Memory, begin: Callable[[int, str], None]
-    ) -> Sequence[Trajectory]:
-        """A step's trajectories; they are on disk before anyone uses them."""
-        parts, rollbacks = self.parts, int(memory["rollbacks"])
-        begin(step, "write")
-        again = self.again(step, problems)
-        new = [problem for problem in problems if problem.id not in again]
-        written = self.stored(step, problems, "written", memory)
-        if written is None or {t.problem_id for t in written} != {problem.id for problem in new}:
-            written = parts.write(new, step, memory) if new else []
-            parts.records.save(step, written, stage="written", rollbacks=rollbacks)
-        begin(step, "rewrite")
-        final = joined(problems, again, parts.rewrite(new, written, step, memory) if new else [])
-        parts.records.save(step, final, rollbacks=rollbacks)
-        return self.scored(step, problems, final, begin)
-
-    def scored(
-        self,
-        step: int,
-        problems: Sequence[Problem],
-        trajectories: Sequence[Trajectory],
-        begin: Callable[[int, str], None],
-    ) -> Sequence[Trajectory]:
-        if self.parts.score is None:
-            return trajectories
-        begin(step, "score")
-        return self.parts.score(problems, trajectories, step)
-
-    def stored(self, step: int, problems: Sequence[Problem], stage: str, memory: Memory) -> Sequence[Trajectory] | None:
-        """From disk, unless weights older than the look-ahead allows wrote them, or than max_age what is used again, or
-        before a rollback."""
-        parts = self.parts
-        found = parts.records.load(step, problems, stage=stage, rollbacks=int(memory["rollbacks"]))
-        allowed = ((t, parts.max_age if t.reused else parts.lookahead) for t in found or ())
-        return None if any(staleness(step, [t]) > age for t, age in allowed) else found
-
-    def again(self, step: int, problems: Sequence[Problem]) -> dict[str, list[Trajectory]]:
-        """By problem what an earlier step left of it, where it may be used again. Only what is on disk of the steps
-        before this one decides, so that a resumed run finds the same."""
-        max_age, found = self.parts.max_age, defaultdict[str, list[Trajectory]](list)
-        for t in self.parts.records.latest(step, problems, max_age) if max_age else ():
-            found[t.problem_id].append(replace(t, reused=True))
-        return {
-            problem: each
-            for problem, each in found.items()
-            if staleness(step, each) <= max_age and not any(t.dropped for t in each)
-        }
 
     def batch(self, step: int, problems: Sequence[Problem], trajectories: Sequence[Trajectory]) -> Batch | None:
         self.parts.clock.begin(step, "update")
@@ -408,24 +363,6 @@ class _Run:
         self.parts.checkpoints.save(state, good)
         self.saved = state.step
         self.parts.clock.take()()
-
-
-def joined(
-    problems: Sequence[Problem], again: Mapping[str, Sequence[Trajectory]], made: Sequence[Trajectory]
-) -> Sequence[Trajectory]:
-    """Those that are used again and those that were made, in the order of the problems."""
-    if not again:
-        return made
-    of = {problem: list(each) for problem, each in again.items()}
-    for t in made:
-        of.setdefault(t.problem_id, []).append(t)
-    return [t for problem in problems for t in of[problem.id]]
-
-
-def staleness(step: int, trajectories: Sequence[Trajectory]) -> int:
-    """By how many updates the oldest weights that the student wrote or rewrote with lie behind the step's."""
-    voices = [voice for t in trajectories for voice in (t, t.original) if voice is not None]
-    return max((step - voice.version for voice in voices if voice.writer == "student"), default=0)
 
 
 def rows_of(batch: Batch | None) -> Row:

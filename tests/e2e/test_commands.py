@@ -164,9 +164,9 @@ def test_no_adapter_is_exported_of_a_run_that_trained_all_weights(run_dir, tmp_p
 @pytest.mark.slow
 def test_the_papers_config_shrunk_by_overrides_alone_runs_on_eight_devices(tmp_path):
     """configs/mpd.yaml: adapter, bfloat16, clipping, fsdp over all devices; its models and sizes made smaller."""
-    from mpd_jax import config, run
+    from mpd_jax import config, run, trees
 
-    contexts = config.read_yaml(QUICKSTART)["recipe"]["contexts"]  # the wordings that the shipped models know
+    contexts = trees.read_yaml(QUICKSTART)["recipe"]["contexts"]  # the wordings that the shipped models know
     smaller = [
         f"recipe.contexts={json.dumps(contexts)}",
         "student.path=tiny:student",
