@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -20,7 +20,9 @@ from mpd_jax import __version__, hosts, trees
 from mpd_jax.batches import batch_to_train_on, exchanged
 from mpd_jax.config import RunConfig
 from mpd_jax.data.contexts import Contexts
-from mpd_jax.data.problems import ProblemsConfig, ProblemSet, read, refuse_overlap
+from mpd_jax.data.order import ProblemSet
+from mpd_jax.data.problems import ProblemsConfig, Split, read, refuse_overlap
+from mpd_jax.data.store import Problems, longest
 from mpd_jax.eval.grade import GraderPool
 from mpd_jax.files import AnyPath, Lines
 from mpd_jax.named import source
@@ -66,10 +68,25 @@ def tiny_contexts() -> dict[str, str]:
     return {field.name: CONTEXTS[field.name] for field in dataclasses.fields(Contexts)}
 
 
-def read_problems(config: ProblemsConfig, split: Literal["train", "heldout"]) -> tuple[Problem, ...]:
-    """The problems of `problems.train` or `problems.heldout`."""
-    if getattr(config, split) != "tiny":
-        return read(config, split)
+def read_problems(config: ProblemsConfig, split: Split, say: Say = lambda message: None) -> Sequence[Problem]:
+    """The problems of `problems.train` or `problems.heldout`. say: is told what was read, and what was left out."""
+    if getattr(config, split) == "tiny":
+        return _tiny(split)
+    problems = read(config, split, partial(_tiny, split), say)
+    for line in problems.report:
+        say(line)
+    return problems
+
+
+def read_set(name: str, directory: str = "data", say: Say = lambda message: None) -> Sequence[Problem]:
+    """All problems of a set to evaluate on: a ready name, tiny, a path, or whatever else `problems.heldout` takes.
+
+    directory: where files of ready names are looked for, each set in a directory of its name.
+    """
+    return read_problems(ProblemsConfig(heldout=name, directory=directory), "heldout", say)
+
+
+def _tiny(split: Split) -> tuple[Problem, ...]:
     from mpd_jax.tiny_world import generator
 
     if split == "train":
@@ -88,7 +105,7 @@ class Run:
     config: RunConfig
     mesh: Mesh
     student: ModelFiles
-    heldout: tuple[Problem, ...]
+    heldout: Sequence[Problem]
     student_sampler: Sampler
     load_student: Callable[[Any, int], None]
     parts: Parts
@@ -98,19 +115,23 @@ class Run:
 
 def require_what_is_read(recipe: Recipe, problems: Sequence[Problem]) -> None:
     """A problem that lacks what the recipe reads is told before anything was sampled."""
+    graded = set(keep.GRADED).intersection(recipe.rewrite.keep) or recipe.rewrite.how == "earliest_correct_prefix"
+    privileged, worked = recipe.target.context == "privileged", recipe.write.by == "dataset"
+    if not (graded or privileged or worked):
+        return
     for problem in problems:
-        if set(keep.GRADED).intersection(recipe.rewrite.keep) or recipe.rewrite.how == "earliest_correct_prefix":
+        if graded:
             keep.reference(problem)
-        if recipe.target.context == "privileged" and problem.answer is None and problem.response is None:
+        if privileged and problem.answer is None and problem.response is None:
             raise UserError(
                 f"recipe.target.context: privileged shows a solution, and problem {problem.id!r} has neither response "
                 "nor answer; name their columns in problems.columns, or choose another context"
             )
-        if recipe.write.by == "dataset":
+        if worked:
             write.worked_response(problem)
 
 
-def check_sizes(config: RunConfig, roles: Roles, mesh: Mesh, problems: Sequence[Problem]) -> None:
+def check_sizes(config: RunConfig, roles: Roles, mesh: Mesh, *problems: Sequence[Problem]) -> None:
     """Step 4: what would otherwise fail in the middle of a run."""
     reading = [files for files in (roles.student, roles.target(config.recipe)) if files]
     for files in reading:
@@ -126,7 +147,7 @@ def check_sizes(config: RunConfig, roles: Roles, mesh: Mesh, problems: Sequence[
             f"beside sampling.prompt_tokens = {config.sampling.prompt_tokens}; raise train.max_length"
         )
     # A prompt's tokens grow with its characters; rendering every problem of a large set would take minutes.
-    for problem in sorted(problems, key=lambda p: len(p.question), reverse=True)[:256]:
+    for problem in (problem for part in problems for problem in longest(part, 256)):
         length = len(roles.student.chat.prompt("plain", problem))
         if length > config.sampling.prompt_tokens:
             raise UserError(
@@ -184,10 +205,13 @@ def build(
     mesh = make_mesh(config.mesh)
     roles = roles or open_roles(config)
     hosts.check()  # here and below: between steps that take minutes where models are large
-    training, heldout = read_problems(config.problems, "train"), read_problems(config.problems, "heldout")
+    training, heldout = (read_problems(config.problems, split, say) for split in ("train", "heldout"))
     refuse_overlap(training, heldout)
     require_what_is_read(config.recipe, training)
-    check_sizes(config, roles, mesh, [*training, *heldout[: config.eval.problems]])
+    check_sizes(config, roles, mesh, training, heldout[: config.eval.problems])
+    dealt = ProblemSet(training, config.run.seed, config.train.batch_size)
+    if len(dealt.shares) > 1:
+        say(f"problems.train: of each step {', '.join(f'{name} {part:.1%}' for name, part in dealt.shares.items())}")
     hosts.require_same(
         "the config, its functions, the problems or the version of mpd-jax", _digest(config, training, heldout)
     )
@@ -215,7 +239,7 @@ def build(
         base = student.base(mesh)
         hosts.check()
         whole = partial(student.trains.over, base)
-        named = trackers.make(config.train.trackers, run_dir, flat(dataclasses.asdict(config)), secrets)
+        named = trackers.make(config.train.trackers, run_dir, trees.flat(dataclasses.asdict(config)), secrets)
         tracking = trackers.Trackers(named if hosts.is_main() else {}, say)
         metrics, clock = Metrics(run_dir, state.step, live, tracking), Clock(phases)
         stack.callback(metrics.close)
@@ -247,7 +271,7 @@ def build(
             steps=config.train.steps,
             save_every=config.train.save_every,
             eval_every=config.eval.every,
-            problems=ProblemSet(training, config.run.seed, config.train.batch_size),
+            problems=dealt,
             write=recipe.write,
             rewrite=recipe.rewrite,
             to_batch=partial(batch_to_train_on, config, mesh, roles),
@@ -331,8 +355,9 @@ def _digest(config: RunConfig, *problems: Sequence[Problem]) -> str:
     digest = hashlib.blake2b(repr((__version__, jax.__version__, config)).encode(), digest_size=16)
     for name in (config.recipe.loss.token_weight, *config.recipe.rewrite.keep):
         digest.update(source(name))
-    for problem in (problem for split in problems for problem in split):
-        digest.update(repr(problem).encode())
+    for split in problems:
+        for line in [split.digest] if isinstance(split, Problems) else map(repr, split):
+            digest.update(line.encode())
     return digest.hexdigest()
 
 

@@ -352,6 +352,34 @@ def rewrite(
     typer.echo(json.dumps(summary, indent=2) if as_json else "\n".join(f"{k}: {v}" for k, v in summary.items()))
 
 
+@app.command()
+def dedup(
+    config: Config,
+    overrides: Overrides = None,
+    out: Annotated[str, typer.Option(help="The index to write, for problems.kept.")] = "data/kept.jsonl",
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SET",
+            help="An evaluation set, such as math500 or a file; repeatable. Without it, problems.heldout.",
+            show_default=False,
+        ),
+    ] = None,
+    share: Annotated[float, typer.Option(help="What part of an evaluation question makes a near-duplicate.")] = 0.6,
+    size: Annotated[int, typer.Option(help="Words, numbers and signs in a row that are compared.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Find problems to train on that are near-duplicates of evaluation problems; with problems.kept a run leaves them
+    out."""
+    from mpd_jax import dedup
+    from mpd_jax.config import load
+
+    settings = load(config, overrides or [])
+    _one("dedup")
+    summary = dedup.run(settings, against or [], out, share, size)
+    typer.echo(json.dumps(summary, indent=2) if as_json else "\n".join(f"{k}: {v}" for k, v in summary.items()))
+
+
 @app.command("config")
 def show_config(
     config: Config,

@@ -9,6 +9,7 @@ import functools
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,6 +169,12 @@ def _dataclass_in(annotation: Any) -> type | None:
     return None
 
 
+def _dataclass_by_name(annotation: Any) -> type | None:
+    """The section of which a mapping holds one by each name that the user gives."""
+    inner = typing.get_args(annotation)
+    return _dataclass_in(inner[1]) if typing.get_origin(annotation) is Mapping else None
+
+
 def _refuse_unknown_keys(tree: Any, owner: type, prefix: str) -> None:
     if not isinstance(tree, dict):
         return
@@ -181,6 +188,9 @@ def _refuse_unknown_keys(tree: Any, owner: type, prefix: str) -> None:
         inner = _dataclass_in(hints[key])
         if inner is not None:
             _refuse_unknown_keys(value, inner, f"{prefix}{key}.")
+        named = _dataclass_by_name(hints[key])
+        for name, section in value.items() if named and isinstance(value, dict) else ():
+            _refuse_unknown_keys(section, named, f"{prefix}{key}.{name}.")
 
 
 # What a key may hold, in plain words.
@@ -197,10 +207,10 @@ def _explain(error: Any) -> str:
     """Key, value and what is allowed there. An element of a list is explained by the list's key."""
     annotation, path, said = RunConfig, [], error["type"] == "value_error" and str(error["ctx"]["error"])
     for part in error["loc"]:
-        owner = _dataclass_in(annotation)
-        if owner is None:
+        owner, named = _dataclass_in(annotation), _dataclass_by_name(annotation)
+        if owner is None and named is None:
             break
-        annotation = typing.get_type_hints(owner)[part]
+        annotation = named or typing.get_type_hints(owner)[part]
         path.append(part)
     where = ".".join(path)
     if said:
@@ -225,6 +235,8 @@ def _allowed(annotation: Any) -> str:
         return f"a list of{many} values, each {_allowed(inner[0])}"
     if origin in (typing.Union, types.UnionType):
         return ", or ".join(map(_allowed, inner))
+    if origin is Mapping and inner[1] is not str:
+        return f"a section in which every key is text and every value {_allowed(inner[1])}"
     return "a section in which every key and value is text"
 
 

@@ -58,11 +58,12 @@ def _refused(path: AnyPath, why: str, remedy: str) -> UserError:
 
 
 @contextmanager
-def _reading(path: AnyPath) -> Iterator[None]:
+def reading(path: AnyPath) -> Iterator[None]:
+    """What a bucket refuses while reading as one clear message."""
     try:
         yield
     except Exception as error:  # as in `writing`
-        if not remote(path) or isinstance(error, FileNotFoundError):
+        if not remote(path) or isinstance(error, FileNotFoundError | UserError):
             raise
         raise UserError(
             f"{path} could not be read: {error}; see to the address, the network and your rights to the bucket"
@@ -70,13 +71,13 @@ def _reading(path: AnyPath) -> Iterator[None]:
 
 
 def is_file(path: AnyPath) -> bool:
-    with _reading(path):
+    with reading(path):
         return path.is_file()
 
 
 def read(path: AnyPath) -> bytes | None:
     """What a file holds, or None if there is none."""
-    with suppress(FileNotFoundError), _reading(path):
+    with suppress(FileNotFoundError), reading(path):
         return path.read_bytes()
     return None
 

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 from mpd_jax import build, files, trees
 from mpd_jax.config import RunConfig
 from mpd_jax.data.chat import CLOSE, OPEN, Chat
-from mpd_jax.data.problems import FIELDS, read_jsonl
+from mpd_jax.data.problems import read_file
+from mpd_jax.data.rows import FIELDS
 from mpd_jax.eval.grade import GraderPool
 from mpd_jax.recipe.write import DatasetWriter, WriteConfig
 from mpd_jax.roles import Roles, open_roles
@@ -120,7 +121,7 @@ def read_items(source: Path, settings: RunConfig, chat: Chat) -> list[Item]:
         (head := _json(data.partition(b"\n")[0])) and {"step", "stage", "count"} <= head.keys()
     ):
         return _of_a_run(source, settings, chat)
-    problems = read_jsonl(source, settings.problems.columns)
+    problems = read_file(source, settings.problems.columns)
     for problem in problems:
         if not (problem.response or "").strip():
             raise UserError(

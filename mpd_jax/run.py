@@ -25,7 +25,9 @@ from mpd_jax import __version__, build, config, files, hosts, trees
 from mpd_jax.config import RunConfig
 from mpd_jax.doctor import command as doctor
 from mpd_jax.eval import evaluate as evaluation
-from mpd_jax.eval.evaluate import EvalConfig, EvalRow
+from mpd_jax.eval import figures, tables
+from mpd_jax.eval.evaluate import EvalConfig
+from mpd_jax.eval.figures import EvalRow
 from mpd_jax.eval.plot import plot_run
 from mpd_jax.files import AnyPath, write_atomically
 from mpd_jax.lock import locked
@@ -129,7 +131,7 @@ def train(settings: RunConfig, secrets: Secrets = lambda name: None) -> AnyPath:
             plot_run(read_rows(run_dir / "metrics.jsonl"), judged.curve(measured), run_dir / "curves.png")
 
         hosts.from_main(sum_up)
-    screen.show(evaluation.table(rows))
+    screen.show(tables.table(rows))
     if skipped := state.memory.get("skipped_updates", 0):
         dropped = f"warning: {skipped} of {state.step} updates were skipped, for every trajectory was dropped"
         screen.say(f"{dropped}; see the verdicts in {run_dir}/metrics.jsonl")
@@ -312,7 +314,7 @@ def evaluated_with(c: RunConfig) -> dict[str, Any]:
     made_with = {
         "eval": dataclasses.asdict(dataclasses.replace(c.eval, every=0, concise_row=True)),
         "seed": c.run.seed,
-        "problems": [c.problems.heldout, c.problems.heldout_columns, c.problems.columns],
+        "problems": c.problems.described("heldout"),
         "contexts": [c.recipe.contexts.plain, c.recipe.contexts.concise],
         "student": dataclasses.asdict(c.student),
     }
@@ -338,7 +340,7 @@ def with_truncation(run_dir: AnyPath, rows: Sequence[EvalRow]) -> list[EvalRow]:
     samples = evaluation.read_samples(run_dir / "evaluations" / f"{BASE}.jsonl")
     trained = [row for row in rows if row.name.startswith(TRAINED)]
     controls = [
-        evaluation.truncation_row([s for s in samples if s.temperature == row.temperature], row.mean_tokens)
+        figures.truncation_row([s for s in samples if s.temperature == row.temperature], row.mean_tokens)
         for row in trained
     ]
     return [*(row for row in rows if not row.name.startswith(TRAINED)), *controls, *trained]
@@ -381,7 +383,7 @@ def summarise(
     seconds = {name: sum(row[f"{name}_seconds"] for row in steps) for name in ("write", "rewrite", "train")}
     seconds |= {**eval_seconds, "wall": sum(process["seconds"] for process in processes)}
     differences = {
-        f"{t:g}": dict(zip(("mean", "lower", "upper"), evaluation.paired_difference(before[t], after[t]), strict=True))
+        f"{t:g}": dict(zip(("mean", "lower", "upper"), figures.paired_difference(before[t], after[t]), strict=True))
         for t in after
     }
     return {

@@ -19,12 +19,15 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """A dataset item. `answer` is the reference answer, `response` a full worked response (reasoning and answer)."""
+    """A dataset item. `answer` is the reference answer, `response` a full worked response (reasoning and answer);
+    `level` and `subject` are what results are told apart by."""
 
     id: str
     question: str
     answer: str | None = None
     response: str | None = None
+    level: str | None = None
+    subject: str | None = None
 
 
 class TopK(NamedTuple):

@@ -14,6 +14,7 @@ from mpd_jax import build, config, files, trees
 from mpd_jax.beside import Stream, show
 from mpd_jax.config import RunConfig
 from mpd_jax.eval import evaluate as evaluation
+from mpd_jax.eval import tables
 from mpd_jax.files import AnyPath
 from mpd_jax.models.hf_weights import export as export_weights
 from mpd_jax.models.peft import export_adapter
@@ -87,7 +88,7 @@ def evaluate(
                 out_path=out / f"{label.replace('/', '_')}.jsonl" if out else None,
                 progress=advance,
             )
-    Console().print(evaluation.table(rows))
+    Console().print(tables.table(rows))
 
 
 def _regrade(run_dir: AnyPath, grader: str) -> None:
@@ -96,7 +97,7 @@ def _regrade(run_dir: AnyPath, grader: str) -> None:
         raise UserError(f"--regrade: {run_dir}/evaluations holds no samples; run `mpd-jax eval {run_dir}` first")
     out = run_dir / "evaluations" / f"regraded_{grader}"
     rows = [row for path in stored for row in evaluation.regrade(path, grader, out / path.name)]
-    Console().print(evaluation.table(rows))
+    Console().print(tables.table(rows))
 
 
 def _refuse_choice(source: str, which: Which | None) -> None:

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from mpd_jax import config
-from mpd_jax.eval.evaluate import Sample, rows_of, write_samples
+from mpd_jax.eval.figures import rows_of
+from mpd_jax.eval.samples import Sample, write_samples
 from mpd_jax.train.records import Records
 from mpd_jax.types import Problem, Trajectory
 

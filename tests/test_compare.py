@@ -26,9 +26,9 @@ from mpd_jax import config, hosts
 from mpd_jax.cli import app
 from mpd_jax.eval import compare, comparison, pareto
 from mpd_jax.eval.arms import Arm, is_finished, named, plan, read_result, read_sweep, share_evaluations, untold
-from mpd_jax.eval.evaluate import Sample, write_samples
 from mpd_jax.eval.instructions import readers
 from mpd_jax.eval.intervals import Compared, Interval
+from mpd_jax.eval.samples import Sample, write_samples
 from mpd_jax.run import BASE, CONCISE, evaluated_with, samples_path
 from mpd_jax.types import UserError
 from tests.e2e.tiny import ROOT, SMALL

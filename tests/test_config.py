@@ -119,6 +119,15 @@ def test_configs_of_real_size_give_each_of_eight_accelerators_one_row_at_a_time(
             "sampling.curriculum: caps = [9] is not allowed; it must",
         ),
         ("sampling.curriculum={caps: [9, 30]}", "sampling.curriculum.min_entropy: required and missing"),
+        (
+            "problems.sources={omi: {read: a, weigth: 2}}",
+            "unknown key problems.sources.omi.weigth (value 2); did you m",
+        ),
+        ("problems.sources.omi.weight=2", "problems.sources.omi.read: required and missing"),
+        ("problems.sources={omi: {read: a, weight: x}}", "problems.sources.omi.weight: 'x' is not allowed; it must be"),
+        ("problems.sources={omi: {read: a, repeats: x}}", "problems.sources.omi.repeats: 'x' is not allowed; it must"),
+        ("problems.sources={omi: 3}", "problems.sources.omi: 3 is not allowed; it must be a section such as {read: .."),
+        ("problems.train={a: b}", "problems.train: {'a': 'b'} is not allowed; it must be text"),
         ("train.profile_steps=[48,50]", "train.profile_steps: [48, 50] begins after the last step, 47"),
     ],
 )

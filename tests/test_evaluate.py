@@ -11,22 +11,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mpd_jax.data.chat import Parts
-from mpd_jax.eval import evaluate as module
-from mpd_jax.eval.evaluate import (
-    EvalConfig,
-    Sample,
-    count,
-    evaluate,
-    interval,
-    paired_difference,
-    read_rows,
-    read_samples,
-    regrade,
-    rows_of,
-    table,
-    truncation_row,
-    write_samples,
-)
+from mpd_jax.eval.evaluate import Blocks, EvalConfig, count, evaluate, read_rows, regrade
+from mpd_jax.eval.figures import paired_difference, paired_p, parts, row_of, rows_of, truncation_row, under_budgets
+from mpd_jax.eval.grade import VERSION
+from mpd_jax.eval.samples import Sample, growing, read_samples, write_samples
+from mpd_jax.eval.tables import against, attempts, budgets, by_part, formats, lengths, table
 from mpd_jax.sampling.sampler import Response
 from mpd_jax.types import Problem, UserError
 
@@ -182,7 +171,7 @@ def test_a_summary_holds_the_named_figures_and_is_json():
     named = "accuracy accuracy_ci mean_tokens mean_tokens_ci n samples_per_problem temperature grader"
     assert set(named.split()) <= set(summary)
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert not [key for key in summary if key.startswith("problem_")]
+    assert not {"problem_ids", "problem_accuracy", "problem_tokens"} & set(summary)
 
 
 # Which file
@@ -204,7 +193,7 @@ def test_regrading_grades_the_stored_answers_afresh(tmp_path):
     write_samples(tmp_path / "s.jsonl", samples)
     assert read_rows(tmp_path / "s.jsonl")[0].accuracy == 0
     again = regrade(tmp_path / "s.jsonl", "rules")[0]
-    assert (again.accuracy, again.grader, again.share_unparseable) == (1.0, "rules", 0.0)
+    assert (again.accuracy, again.grader, again.share_unparseable) == (1.0, f"rules {VERSION}", 0.0)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
@@ -233,23 +222,154 @@ def test_a_broken_sample_file_is_refused_with_the_line(tmp_path):
         read_rows(tmp_path / "s.jsonl")
 
 
+def test_a_file_of_before_is_read_and_says_nothing_of_marks(tmp_path):
+    old = dataclasses.asdict(sample(marks={"boxed": True}, level="3"))
+    for name in ("marks", "problem_set", "level", "subject", "top_p", "top_k", "seed"):
+        del old[name]
+    (tmp_path / "s.jsonl").write_text(json.dumps(old) + "\n")
+    (found,) = read_rows(tmp_path / "s.jsonl")
+    assert found.share_boxed is None and found.accuracy_answer_line is None and found.top_p is None
+    assert regrade(tmp_path / "s.jsonl", "rules")[0].share_boxed == 0.0
+
+
+# Going on after a kill
+
+
+class Killed(Exception):
+    pass
+
+
+def test_an_evaluation_killed_at_any_block_is_finished_with_every_sample_graded_once(tmp_path):
+    whole, _ = run(out_path=tmp_path / "whole.jsonl")
+    path, sampled = tmp_path / "s.jsonl", []
+    for blocks_until_killed in (2, 0, 1, 99):
+        with growing(path, {"seed": 3}) as file:
+            left = [blocks_until_killed]
+
+            def keep(samples, file=file, left=left):
+                if left[0] == 0:
+                    raise Killed
+                left[0] -= 1
+                file.add(samples)
+
+            try:
+                rows, sampler = run(blocks=Blocks(file.samples, keep, 5))
+            except Killed:
+                continue
+            sampled.append(sum(len(requests) for requests, _ in sampler.calls))
+    assert rows == whole and sampled == [24 - 15]
+    read = read_samples(path)
+    assert sorted(s.key for s in read) == sorted(s.key for s in read_samples(tmp_path / "whole.jsonl"))
+    assert len({s.key for s in read}) == len(read) == 24
+
+
+def test_a_line_that_a_kill_cut_short_is_made_again(tmp_path):
+    path = tmp_path / "s.jsonl"
+    with growing(path, {"seed": 3}) as file:
+        file.add([sample("p"), sample("q")])
+    path.write_bytes(path.read_bytes()[:-7])
+    with growing(path, {"seed": 3}) as file:
+        assert [s.problem_id for s in file.samples] == ["p"]
+        file.add([sample("q")])
+    assert [s.problem_id for s in read_samples(path)] == ["p", "q"]
+
+
+def test_samples_made_with_other_settings_are_not_gone_on_with(tmp_path):
+    with growing(tmp_path / "s.jsonl", {"seed": 3, "model": "a"}) as file:
+        file.add([sample()])
+    with (
+        pytest.raises(UserError, match="seed = 4, and 3 there"),
+        growing(tmp_path / "s.jsonl", {"seed": 4, "model": "a"}),
+    ):
+        pass
+    with growing(tmp_path / "t.jsonl", {"seed": 3}):
+        pass
+    with growing(tmp_path / "t.jsonl", {"seed": 4}) as file:  # nothing was made yet
+        assert file.samples == []
+
+
+def test_more_attempts_go_on_from_fewer():
+    kept = []
+    run(blocks=Blocks(keep=kept.extend))
+    more = dataclasses.replace(CONFIG, attempts=3)
+    rows, sampler = run(config=more, blocks=Blocks(kept))
+    assert rows == run(config=more)[0] and sum(len(requests) for requests, _ in sampler.calls) == 8
+
+
+# Problems without room
+
+
+def test_a_prompt_without_room_is_counted_as_wrong_and_shown_and_not_asked():
+    problems = [*PROBLEMS[:3], Problem("long", "what is " + "9" * 40 + "?", "9" * 40)]
+    rows, sampler = run(lambda prompt, key: f"m|\\boxed{{{prompt.split()[-1][:-1]}}}", problems=problems, room=40)
+    assert max(len(r.prompt) for requests, _ in sampler.calls for r in requests) <= 40
+    assert (rows[0].n, rows[0].unasked, rows[0].accuracy) == (4, 1, 0.75)
+    assert rows[0].mean_tokens == rows[0].tokens_all.mean == 12 and rows[0].share_finished == 0.75
+    assert "1 without room for their prompts" in shown(table(rows))
+    mean, low, high = paired_difference(rows[0], rows[0], "tokens")
+    assert mean == 0 and low < 0 < high
+
+
+# What else the samples say
+
+
+def test_attempts_are_counted_by_pass_and_by_majority():
+    right = {"0": [1, 0, 0, 0], "1": [1, 1, 1, 0]}
+    samples = [
+        sample(i, attempt=k, correct=bool(c), extracted="1" if c else f"{k + 5}")
+        for i in right
+        for k, c in enumerate(right[i])
+    ]
+    found = rows_of(samples)[0]
+    at = {k: estimate.mean for k, estimate in found.pass_at_k}
+    assert at == {1: 0.5, 2: pytest.approx((0.5 + 1.0) / 2), 4: 1.0} and at[1] == found.accuracy
+    assert found.maj_at_k.mean == pytest.approx((0.25 + 1.0) / 2)
+
+
+def test_votes_are_for_answers_not_for_spellings():
+    spellings = ["1/2", "0.5", "\\frac{1}{2}", "7", "7"]
+    samples = [sample(attempt=k, extracted=x, correct=k < 3) for k, x in enumerate(spellings)]
+    assert rows_of(samples)[0].maj_at_k.mean == 1.0
+
+
+def test_tokens_are_told_as_mean_median_and_90th_percentile():
+    samples = [sample(i, tokens=float(i), correct=i <= 10, reasoning_tokens=i / 2) for i in range(1, 102)]
+    found = rows_of(samples)[0]
+    assert found.tokens_all == (51, 51, 91) and found.tokens_correct[:2] == (5.5, 5.5)
+    assert found.tokens_reasoning == (25.5, 25.5, 45.5)
+    assert found.right_per_1000_tokens.mean == pytest.approx(1000 * (10 / 101) / 51)
+    assert rows_of([sample(correct=False)])[0].tokens_correct == (None, None, None)
+
+
+def test_a_budget_is_read_off_the_stored_samples():
+    samples = [sample(i, tokens=float(10 * i), correct=i % 2 == 0) for i in range(1, 11)]
+    found = {budget: (row.accuracy, row.mean_tokens) for budget, row in under_budgets(samples, (0.5, 1.0))}
+    assert found == {50: (0.2, 40.0), 100: (0.5, 55.0)}
+
+
+def test_levels_and_subjects_have_rows_of_their_own():
+    samples = [sample(i, level=str(i % 2), subject="algebra", correct=i % 2 == 0) for i in range(6)]
+    assert {v: (r.n, r.accuracy) for v, r in parts(samples, "level").items()} == {"0": (3, 1.0), "1": (3, 0.0)}
+    assert [r.n for r in parts(samples, "subject").values()] == [6]
+    assert parts([sample()], "level") == {} and by_part([sample()]) is None
+
+
+def test_marks_show_when_the_format_moved_and_not_the_skill():
+    before = [sample(i, marks={"boxed": True}) for i in range(3)] + [sample(3, marks={}, correct=False)]
+    after = [dataclasses.replace(s, marks={"answer_line": True} if s.marks else {}) for s in before]
+    one, other = row_of(before), row_of(after)
+    assert (one.share_boxed, one.accuracy_boxed, one.share_answer_line, one.accuracy_answer_line) == (0.75, 0.75, 0, 0)
+    assert (other.share_boxed, other.accuracy_boxed, other.accuracy_answer_line) == (0, 0, 0.75)
+    assert one.share_unmarked == other.share_unmarked == 0.25
+
+
+def test_the_paired_test_is_of_the_problems_differences():
+    before, after = [False] * 12, [True] * 9 + [False] * 3
+    assert paired_p(row(before), row(after)) == pytest.approx(2 / 2**9, abs=0.003)
+    assert paired_p(row(before), row(before)) == 1.0
+
+
 # Which intervals
-
-
-def test_the_bootstrap_interval_covers_the_true_mean_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    covered = {"accuracy": 0, "tokens": 0}
-    trials, n, k = 400, 80, 4
-    for _ in range(trials):
-        # Problems differ in difficulty, so the k attempts of one are alike: intervals over samples would be too narrow.
-        chance_P = rng.beta(2.0, 0.5, size=n)
-        accuracy_P = rng.binomial(k, chance_P) / k
-        low, high = interval(accuracy_P, 0.0, 1.0, resamples=1000)
-        covered["accuracy"] += low <= 0.8 <= high
-        low, high = interval(rng.exponential(50.0, size=n), 0.0, 1e4, resamples=1000)
-        covered["tokens"] += low <= 50.0 <= high
-    assert 0.91 <= covered["accuracy"] / trials <= 0.98
-    assert 0.90 <= covered["tokens"] / trials <= 0.98
 
 
 def test_attempts_of_one_problem_are_no_evidence_about_other_problems():
@@ -257,31 +377,6 @@ def test_attempts_of_one_problem_are_no_evidence_about_other_problems():
     once = rows_of([sample(i, correct=c) for i, c in enumerate(correct)])[0]
     often = rows_of([sample(i, correct=c, attempt=a) for i, c in enumerate(correct) for a in range(50)])[0]
     assert once.accuracy_ci == often.accuracy_ci
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.integers(1, 60), st.floats(0, 1), st.data())
-def test_no_interval_has_zero_width_or_leaves_its_bounds(n, value, data):
-    values_P = np.full(n, value)
-    if data.draw(st.booleans()):
-        values_P[0] = data.draw(st.floats(0, 1))
-    low, high = interval(values_P, 0.0, 1.0, resamples=500)
-    assert 0 <= low <= values_P.mean() + 1e-9 and values_P.mean() - 1e-9 <= high <= 1
-    if np.ptp(values_P) == 0 or (np.ptp(values_P) > 1e-6 and n > 1):
-        assert low < high
-
-
-def test_all_right_and_all_wrong_get_wilsons_interval():
-    n, z = 200, 1.959963984540054
-    for p in (0.0, 1.0):
-        centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-        assert interval(np.full(n, p), 0.0, 1.0) == pytest.approx((centre - half, centre + half))
-
-
-def test_the_same_samples_give_the_same_interval():
-    values_P = np.random.default_rng(1).random(300)
-    assert interval(values_P, 0.0, 1.0) == interval(values_P, 0.0, 1.0)
 
 
 def test_a_paired_difference_is_narrower_than_an_unpaired_one_and_changes_sign_with_its_order():
@@ -353,7 +448,7 @@ def test_the_truncation_control_takes_one_row_of_samples():
         ({"temperatures": (1.0, 1.0)}, "eval.temperatures"),
         ({"temperatures": (-0.1,)}, "eval.temperatures"),
         ({"top_p": 0.0}, "eval.top_p: 0.0"),
-        ({"grader": "sympy"}, "eval.grader: 'sympy' .* rules or math_verify"),
+        ({"grader": "sympy"}, "eval.grader: 'sympy' is not known; .* math_verify, rules"),
     ],
 )
 def test_an_impossible_eval_section_is_refused_by_key(values, message):
@@ -376,6 +471,53 @@ def test_problems_that_cannot_be_graded_are_refused_before_sampling(problems, me
     assert not sampler.calls
 
 
+def shown(table):
+    console = Console(width=80, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_every_table_fits_eighty_columns_and_says_how_its_figures_were_made():
+    rng = np.random.default_rng(4)
+    samples = [
+        sample(
+            i,
+            float(t),
+            bool(c),
+            attempt=k,
+            name=name,
+            grader=grader,
+            marks={"boxed": bool(c)},
+            level=str(i % 3),
+            subject="Counting & Probability",
+            problem_set="math500",
+            top_p=0.95,
+            top_k=20,
+            seed=7,
+            max_tokens=32768,
+            reasoning_tokens=float(t) - 5,
+        )
+        for name, grader in (("base", "rules 1"), ("student [x]", "dual_path 0.9.0+1"))
+        for i in range(64)
+        for k, (t, c) in enumerate(zip(rng.integers(50, 30000, 4), rng.random(4) < 0.7, strict=True))
+    ]
+    rows, by_row = rows_of(samples), [samples[:256], samples[256:]]
+    for made in (
+        table(rows),
+        formats(rows),
+        attempts(rows),
+        lengths(rows),
+        budgets(by_row),
+        by_part(by_row[0]),
+        against([(rows[0], rows[1])]),
+    ):
+        text = shown(made)
+        assert "…" not in text and max(map(len, text.splitlines())) <= 80
+        told = " ".join(text.split())
+        for said in ("math500", "64 problems x 4", "T = 1", "top-p 0.95", "top-k 20", "32,768 tokens", "seed 7"):
+            assert said in told, (made.title, said)
+
+
 def test_the_table_fits_eighty_columns_and_names_every_grader():
     rng = np.random.default_rng(4)
     rows = [
@@ -396,4 +538,3 @@ def test_the_table_fits_eighty_columns_and_names_every_grader():
     for word in ("base", "student", "greedy", "T = 1", "rules", "math_verify", "256"):
         assert word in text
     assert f"{100 * rows[-1].accuracy:.1f}" in text and f"{rows[-1].mean_tokens:.1f}" in text
-    assert module.RESAMPLES == 10_000

@@ -5,7 +5,7 @@ import json
 
 from mpd_jax import build, config, samplers
 from mpd_jax.eval import instructions
-from mpd_jax.eval.evaluate import Sample, write_samples
+from mpd_jax.eval.samples import Sample, write_samples
 from mpd_jax.roles import ModelFiles, open_roles
 from mpd_jax.run import BASE, samples_path
 from mpd_jax.screen import Screen

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy.special import stdtrit
 
-from mpd_jax.eval import evaluate
+from mpd_jax.eval import statistics
 from mpd_jax.eval.intervals import compared, resampled_means
 
 
@@ -34,8 +35,8 @@ def test_one_seed_has_the_interval_of_a_single_evaluation():
     rng = np.random.default_rng(2)
     right_SP, tokens_SP = rng.random((1, 300)) < 0.8, rng.integers(20, 90, (1, 300))
     found = compared(right_SP, tokens_SP, ~right_SP, tokens_SP, 100.0)
-    assert found.accuracy[1:] == pytest.approx(evaluate.interval(right_SP[0].astype(float), 0, 1), abs=0.005)
-    assert found.tokens[1:] == pytest.approx(evaluate.interval(tokens_SP[0].astype(float), 0, 100), abs=0.5)
+    assert found.accuracy[1:] == pytest.approx(statistics.interval(right_SP[0].astype(float), 0, 1), abs=0.005)
+    assert found.tokens[1:] == pytest.approx(statistics.interval(tokens_SP[0].astype(float), 0, 100, prior=0), abs=0.5)
 
 
 def test_differences_are_paired_and_reductions_are_of_the_means():
@@ -53,7 +54,7 @@ def test_differences_are_paired_and_reductions_are_of_the_means():
 
 
 def test_where_all_is_right_the_interval_is_wilsons():
-    ones = np.ones((3, 50))
+    ones, z2 = np.ones((3, 50)), stdtrit(49, 0.975) ** 2
     found = compared(ones, ones, ones, ones, 10.0)
-    assert found.accuracy == (1.0, pytest.approx(1 - evaluate.Z95**2 / (50 + evaluate.Z95**2)), 1.0)
+    assert found.accuracy == (1.0, pytest.approx(1 - z2 / (50 + z2)), 1.0)
     assert found.difference.lower == pytest.approx(-found.difference.upper) and found.difference.upper > 0.05

@@ -8,6 +8,7 @@ import pytest
 
 from mpd_jax import config, offline
 from mpd_jax.data.problems import read_jsonl
+from mpd_jax.eval.grade import VERSION
 from mpd_jax.recipe.write import DatasetWriter
 from mpd_jax.roles import open_roles
 from mpd_jax.sampling.sampler import Response
@@ -106,7 +107,7 @@ def test_a_line_a_problem_tells_what_became_of_it_and_the_kept_can_be_trained_on
     assert [problem.id for problem in problems] == [line["id"] for line in kept]
     written = DatasetWriter(chat)(problems, 0)
     assert [len(t.response) for t in written] == [line["tokens_after"] for line in kept]
-    assert summary["verdicts"] == {"kept": 8, "malformed": 2} and summary["grader"] == "rules"
+    assert summary["verdicts"] == {"kept": 8, "malformed": 2} and summary["grader"] == f"rules {VERSION}"
     assert summary["compression_ratio"] == sum(x["tokens_after"] for x in kept) / sum(x["tokens_before"] for x in kept)
     right = (summary["right_before"], summary["right_before_kept"], summary["right_after"])
     assert right == (5 / 9, 3 / 7, 1.0)

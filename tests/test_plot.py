@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mpd_jax.eval import plot as module
-from mpd_jax.eval.evaluate import Sample, rows_of
+from mpd_jax.eval.figures import rows_of
 from mpd_jax.eval.plot import plot_run
+from mpd_jax.eval.samples import Sample
 
 
 def row(name, context, tokens, temperature=1.0):

@@ -76,7 +76,7 @@ def test_a_whole_run_is_told_and_nothing_is_fetched(tmp_path, encode, capsys):
     titles = {svg.get("aria-label") for svg in page.named("svg", role="img")}
     assert titles >= {
         "temperature 1",
-        "held-out responses, temperature 1",
+        "responses, temperature 1",
         "training, step 1",
         "training, step 2",
         "loss",
@@ -149,6 +149,23 @@ def test_an_evaluation_in_the_middle_stands_for_the_trained_student_until_there_
     for step, tokens in ((2, 90), (1, 110)):
         evaluated(run, f"step {step}", [sample(f"step {step}", i, tokens, True) for i in range(8)])
     assert "123.5 → 90.0" in written(tmp_path, run).text
+
+
+def test_sets_by_name_have_charts_of_their_own_and_the_held_out_problems_stay_the_headline(tmp_path, encode):
+    run = write_run(tmp_path / "run", encode)
+    for name, tokens in (("base", 300), ("trained, step 2", 200)):
+        of_set = [replace(sample(name, i, tokens, True), problem_set="math500", top_p=0.95) for i in range(8)]
+        evaluated(run, f"math500/{name}", of_set)
+        evaluated(run, f"regraded_boxed/{name}", [replace(s, problem_set="elsewhere") for s in of_set])
+    page = written(tmp_path, run)
+    assert "123.5 → 63.5" in page.text and "300.0 → 200.0" not in page.text
+    titles = [svg.get("aria-label") for svg in page.named("svg", role="img")]
+    assert titles[:2] == ["temperature 1", "math500, temperature 1"] and "elsewhere" not in page.text
+    assert "evaluations/math500/base.jsonl" in page.text and "300.0" in page.text and "33 %" in page.text
+    assert len(page.named("details", **{"class": "example", "data-source": "held out"})) == 8
+    for path in (run / "evaluations").glob("*.json*"):
+        path.unlink()
+    assert "300.0 → 200.0" in written(tmp_path, run).text
 
 
 def test_of_samples_that_are_damaged_the_stored_figures_are_told(tmp_path, encode):

@@ -20,8 +20,9 @@ import yaml
 from mpd_jax import config, files, trees
 from mpd_jax.config import RunConfig, RunSection
 from mpd_jax.eval import evaluate as evaluation
-from mpd_jax.eval.evaluate import EvalRow, Sample
+from mpd_jax.eval.figures import EvalRow, rows_of
 from mpd_jax.eval.instructions import Readings, is_measured, read_readings, readers
+from mpd_jax.eval.samples import Sample, read_samples
 from mpd_jax.files import write_atomically
 from mpd_jax.run import BASE, CONCISE, TRAINED, is_evaluated, samples_path
 from mpd_jax.train.metrics import read_rows
@@ -286,13 +287,13 @@ class Result:
 def read_result(arm: Arm) -> Result:
     """The result of a finished arm."""
     names = wanted(arm)
-    samples = evaluation.read_samples(samples_path(arm.directory, BASE))
+    samples = read_samples(samples_path(arm.directory, BASE))
     rows = {name: evaluation.read_rows(samples_path(arm.directory, name)) for name in names[1:]}
     by_temperature = {name: {row.temperature: row for row in found} for name, found in rows.items()}
     return Result(
         arm,
         {t: [s for s in samples if s.temperature == t] for t in arm.settings.eval.temperatures},
-        {row.temperature: row for row in evaluation.rows_of(samples)},
+        {row.temperature: row for row in rows_of(samples)},
         by_temperature.get(CONCISE, {}),
         by_temperature[names[-1]],
         {t: read_readings(arm.directory, t) for t in arm.settings.eval.temperatures if wants_reading(arm)},

@@ -17,9 +17,10 @@ from rich.table import Table
 
 from mpd_jax.eval import intervals
 from mpd_jax.eval.arms import Arm, Result, Spent, concise_wordings, unlike
-from mpd_jax.eval.evaluate import EvalRow, truncation_row
+from mpd_jax.eval.figures import EvalRow, truncation_row
 from mpd_jax.eval.instructions import UNREAD, Readings
-from mpd_jax.eval.intervals import Compared, Interval
+from mpd_jax.eval.intervals import Compared
+from mpd_jax.eval.statistics import Interval
 
 VANILLA = "vanilla"
 WIDTH, MORE_WIDTH = 118, 22  # columns of the table on a screen

@@ -1,41 +1,59 @@
-"""Is an answer right? Two graders, each named in every result, because the grader alone moves scores by many points.
+"""Is an answer right? Several graders, each named in every result with its version: the grader alone moves scores.
 
-"rules" reads integers, decimals, simple fractions and units, and compares the rest as text; pure Python.
-"math_verify" compares with math-verify in processes of its own: never in threads, where its parsing degrades silently.
-Both judge the same answer: the last \\boxed{...}, else the last "Answer:" line. The caller passes the part after the
-thinking span; an unclosed span leaves nothing to pass, and so no answer.
+An answer can be marked by the last \\boxed{...} and by the last "Answer:" line; both marks are judged, and the grader
+says which of them counts. The caller passes the part after the thinking span; an unclosed span leaves nothing to pass,
+and so no answer. Rules are pure Python; math-verify and a user's function run in processes of their own (workers.py),
+never in threads, where math-verify's parsing degrades silently.
 """
 
-import contextlib
-import json
+import hashlib
 import re
-import selectors
-import signal
-import subprocess
-import sys
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib import metadata
-from pathlib import Path
+from typing import Literal, NamedTuple
 
+from mpd_jax import named
+from mpd_jax.eval.workers import Workers
 from mpd_jax.types import UserError
 
-GRADERS = ("rules", "math_verify")
+VERSION = 1  # of what this file and grade_worker.py decide; raise it with every change that moves a verdict
+
+
+class _Grader(NamedTuple):
+    """by: how answers are compared. counts: which mark does; "box_or_line" is the box, and the line if there is no box;
+    "found" goes on to what math-verify finds without a mark; "either" is right if one of both is."""
+
+    by: Literal["rules", "math_verify", "letter", "function"]
+    counts: Literal["box_or_line", "found", "box", "line", "either"]
+
+
+GRADERS = {
+    "rules": _Grader("rules", "box_or_line"),
+    "math_verify": _Grader("math_verify", "found"),
+    "answer_line": _Grader("rules", "line"),
+    "boxed": _Grader("math_verify", "box"),
+    "dual_path": _Grader("math_verify", "either"),
+    "choice": _Grader("letter", "box_or_line"),
+}
 
 
 @dataclass(frozen=True)
 class Grade:
-    """extracted: the answer found, None when there is none. failure: why no comparison took place; then not correct."""
+    """extracted: the answer found, None when there is none. failure: why no comparison took place; then not correct.
+
+    marks: by the mark that is there, "boxed" or "answer_line", whether what it holds is right.
+    """
 
     correct: bool
     extracted: str | None
     grader: str
     failure: str | None = None
+    marks: Mapping[str, bool] = field(default_factory=dict)
 
 
-_ANSWER_LINE = re.compile(r"answer(?: is)?\**\s*:\s*\**[ \t]*([^\n]+)", re.IGNORECASE)
+_ANSWER_LINE = re.compile(r"answer(?: is)?\**\s*:\s*\**[ \t]*(?=[^\n])", re.IGNORECASE)
 _BOLD = re.compile(r"(?<![\w)])\*\*|\*\*(?![\w(])")
 _INVISIBLE = re.compile(r"\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\\[!,;:]")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
@@ -54,7 +72,11 @@ _NO_UNIT = re.compile(
     re.IGNORECASE,
 )
 _ASSIGNED = re.compile(r"^[A-Za-z]\w*\s*=\s*")
+_LETTER = re.compile(r"\(?([A-Za-z])(?:[).:](?:\s.*)?)?", re.DOTALL)
 _WORDS = re.compile(r"[A-Za-z]{4,}(?: [A-Za-z]+)*|[A-Za-z]+(?: [A-Za-z]+)+")
+# A sequence that goes on, of which math-verify would compare nothing but the last of what stands before the dots.
+_GOES_ON = re.compile(r",\s*(?:\\[lc]?dots|\.{3})|(?:\\[lc]?dots|\.{3})\s*,")
+_UPRIGHT = re.compile(r"\\mathrm\s*\{\s*([a-z])\s*\}")  # e and i; math-verify takes them for other symbols
 # Longer than any number a dataset holds; reading a hostile one would cost quadratic time.
 _LONGEST_NUMBER = 300
 
@@ -81,10 +103,19 @@ def extract_boxed(text: str) -> str | None:
 
 def extract_answer(text: str) -> str | None:
     """The answer a text marks: its last box, else what follows its last "Answer:"; None when it marks none."""
-    if "\\boxed" in text:
-        return extract_boxed(text)
-    lines = _ANSWER_LINE.findall(text)
-    return (_undecorated(lines[-1]) or None) if lines else None
+    return extract_boxed(text) if "\\boxed" in text else extract_line(text)
+
+
+def extract_line(text: str) -> str | None:
+    """What follows the last "Answer:" on its line, without a box around it; None where that is nothing."""
+    starts = [match.end() for match in _ANSWER_LINE.finditer(text)]
+    if not starts:
+        return None
+    line = text[starts[-1] :].partition("\n")[0].rstrip().rstrip(".")
+    for opens, closes in (("\\[", "\\]"), ("\\(", "\\)"), ("$", "$")):
+        if line.endswith(closes) and line.count(opens) == (opens == closes):  # it was opened before "Answer:"
+            line = line.removesuffix(closes)
+    return extract_boxed(line) if "\\boxed" in line else _undecorated(line) or None
 
 
 def _undecorated(text: str) -> str:
@@ -136,11 +167,22 @@ def equal(a: str, b: str) -> bool:
     return bool(a) and (a == b or folded)
 
 
+def letter(text: str) -> str | None:
+    """The letter of a choice: `B`, `(b)`, `\\text{B}`, or with what it stands for, `B) 5 m`. None for anything else."""
+    match = _LETTER.fullmatch(normalise(text))
+    return match[1].upper() if match else None
+
+
+def canonical(answer: str) -> Fraction | str:
+    """What answers that are alike by the rules have in common, so that they can be counted; units are left out."""
+    text = _ASSIGNED.sub("", normalise(answer), count=1)
+    value = number(text)
+    return value[0] if value else "".join(text.split())
+
+
 def grade(response_text: str, reference: str) -> Grade:
     """The rules' grade of one answer text."""
-    extracted = extract_answer(response_text)
-    reference = extract_boxed(reference) or reference
-    return Grade(extracted is not None and equal(extracted, reference), extracted, "rules")
+    return GraderPool("rules").grade_many([(response_text, reference)])[0]
 
 
 def same_answer(text_a: str, text_b: str) -> bool:
@@ -149,122 +191,130 @@ def same_answer(text_a: str, text_b: str) -> bool:
     return a is not None and b is not None and equal(a, b)
 
 
-class _Worker:
-    """One comparing process and the item it has in hand. It ends with its standard input, so it outlives nobody."""
+class _Question(NamedTuple):
+    """One comparison. marked: `answer` is the answer itself, not a text in which to look for one."""
 
-    def __init__(self, limit_s: float):
-        # A plain process rather than multiprocessing's spawn: that one would import the caller's main script, and with
-        # it jax, in every worker and in every replacement. -P keeps this folder's module names out of its path.
-        command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).with_name("math_worker.py")), str(limit_s)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-        )
-        self.ready = False
-        self.item: int | None = None
+    reference: str
+    answer: str
+    marked: bool = True
 
-    def send(self, item: int, question: dict) -> None:
-        self.item = item
-        with contextlib.suppress(BrokenPipeError):  # if it has died, `receive` will say so
-            print(json.dumps(question), file=self.process.stdin, flush=True)
 
-    def receive(self) -> dict | None:
-        """Its next line, or None when it has died."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        return json.loads(line) if line.endswith("\n") else None
-
-    def close(self) -> int:
-        """Ends it; the exit status it had come to by itself, if it had."""
-        self.process.kill()
-        status = self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()  # pyright: ignore[reportOptionalMemberAccess]
-        return status
+class _Verdict(NamedTuple):
+    correct: bool
+    found: str | None
+    failure: str | None = None
 
 
 class GraderPool:
-    """Grades many answers in order, whatever the number of workers. A context manager; the rules need no process.
+    """Grades many answers in order, whatever the number of workers. A context manager; rules need no process.
 
-    limit_s: processor seconds for one comparison. A comparison over it costs its worker, and counts as not correct.
+    name: one of `GRADERS`, or the import path of a user's function (answer text, reference) -> bool, which is given all
+    of the text after the thinking span. grader: the name with its version, "+1" being that of our own part; of a user's
+    function the digest of its file. limit_s: processor seconds for one comparison; one that takes longer costs its
+    worker, and counts as not correct.
     """
 
     def __init__(self, name: str, workers: int = 2, limit_s: float = 10.0):
-        if name not in GRADERS:
-            raise UserError(f"grader: {name!r} is not a grader; choose one of {', '.join(GRADERS)}")
         if workers < 1 or limit_s <= 0:
             raise UserError(f"grader: workers={workers} and limit_s={limit_s} must both be positive")
-        self.name, self.workers, self.limit_s = name, workers, limit_s
-        self.grader = name
-        self._pool: list[_Worker] = []
-        if name == "math_verify":
-            try:
-                self.grader = f"math_verify {metadata.version('math-verify')}"
-            except metadata.PackageNotFoundError:
-                raise UserError("grader: math_verify is not installed; pip install math-verify, or use rules") from None
+        self.name = name
+        self._grader = grader_of(name)
+        self.grader = _versioned(name, self._grader.by)
+        self._workers = Workers(workers, limit_s, name if self._grader.by == "function" else None)
 
     def __enter__(self) -> "GraderPool":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        while self._pool:
-            self._pool.pop().close()
+        self._workers.close()
 
     def grade_many(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         """Grades of (answer text, reference) pairs, in their order."""
-        if self.name == "rules":
-            return [grade(text, reference) for text, reference in pairs]
-        grades: dict[int, Grade] = {}
-        queue: deque[tuple[int, dict]] = deque()
-        for i, (text, reference) in enumerate(pairs):
-            extracted = extract_answer(text)
-            reference = extract_boxed(reference) or reference
-            if extracted is None and ("\\boxed" in text or not text.strip()):
-                grades[i] = Grade(False, None, self.grader)
-            elif extracted is not None and _WORDS.fullmatch(normalise(reference)):
-                # As LaTeX a word is a product of its letters, equal to each of its anagrams.
-                grades[i] = Grade(equal(extracted, reference), extracted, self.grader)
+        read = [_Marks.of(text, reference) for text, reference in pairs]
+        # Equal comparisons are made once: many attempts at a problem end alike.
+        asked = dict.fromkeys(q for marks in read for q in self._questions(marks))
+        verdicts = self._verdicts(list(asked))
+        return [self._grade(marks, verdicts) for marks in read]
+
+    def _questions(self, marks: "_Marks") -> list[_Question]:
+        found = [q for q in (marks.box, marks.line) if q is not None]
+        searched = self._grader.counts == "found" and not found and marks.searched
+        return [*found, marks.whole] if searched or self._grader.by == "function" else found
+
+    def _verdicts(self, questions: Sequence[_Question]) -> dict[_Question, _Verdict]:
+        verdicts, far = {}, {}
+        for q in questions:
+            if self._grader.by == "letter":
+                found = letter(q.answer)
+                verdicts[q] = _Verdict(found is not None and found == letter(q.reference), found)
+            elif self._grader.by == "function" and not q.marked:
+                far[q] = q._asdict()
+            elif self._grader.by != "math_verify" or (q.marked and _is_text(q.reference)):
+                verdicts[q] = _Verdict(equal(q.answer, q.reference), q.answer)
             else:
-                answer = _BOLD.sub("", text) if extracted is None else _undecorated(extracted)
-                question = {"reference": _undecorated(reference), "answer": answer, "marked": extracted is not None}
-                queue.append((i, question))
-        self._run(queue, grades)
-        return [grades[i] for i in range(len(pairs))]
+                answer = _undecorated(q.answer) if q.marked else _BOLD.sub("", q.answer)
+                answer, reference = (_UPRIGHT.sub(r"\1", x) for x in (answer, _undecorated(q.reference)))
+                far[q] = {"reference": reference, "answer": answer, "marked": q.marked}
+        for q, reply in self._workers.ask(far).items():
+            found = q.answer if q.marked else reply["found"]
+            verdicts[q] = _Verdict(reply["correct"], found, reply["failure"])
+        return verdicts
 
-    def _run(self, queue: deque[tuple[int, dict]], grades: dict[int, Grade]) -> None:
-        """Fills `grades` from the queue: one item in each worker's hands at a time."""
-        questions = dict(queue)
-        # A worker that died between two calls, idle, is replaced like one that never was.
-        for worker in [w for w in self._pool if w.process.poll() is not None]:
-            self._drop(worker)
-        while queue or any(worker.item is not None for worker in self._pool):
-            while len(self._pool) < min(self.workers, len(queue)):
-                self._pool.append(_Worker(self.limit_s))
-            for worker in self._pool:
-                if queue and worker.ready and worker.item is None:
-                    worker.send(*queue.popleft())
-            for worker in self._waiting():
-                reply = worker.receive()
-                if reply is None:
-                    status = self._drop(worker)
-                    if not worker.ready:
-                        raise RuntimeError(f"a math-verify process could not start (exit status {status})")
-                    failure = {-signal.SIGPROF: "timeout", -signal.SIGALRM: "stalled"}.get(status, "crash")
-                    reply = {"correct": False, "found": None, "failure": failure}
-                worker.ready = True
-                if worker.item is not None:
-                    question = questions[worker.item]
-                    found = question["answer"] if question["marked"] else reply["found"]
-                    grades[worker.item] = Grade(reply["correct"], found, self.grader, reply["failure"])
-                    worker.item = None
+    def _grade(self, marks: "_Marks", verdicts: dict[_Question, _Verdict]) -> Grade:
+        box, line, whole = (None if q is None else verdicts.get(q) for q in (marks.box, marks.line, marks.whole))
+        match self._grader.counts:
+            case "box":
+                chosen = box
+            case "line":
+                chosen = line
+            case "either":
+                tried = [verdict for verdict in (box, line) if verdict]
+                chosen = max(tried, key=lambda v: (v.correct, v.failure is not None), default=None)
+            case _:
+                chosen = box or (line or whole if marks.searched else None)
+        if self._grader.by == "function":
+            assert whole is not None, "the function was not asked"
+            chosen = whole._replace(found=extract_answer(marks.whole.answer))
+        split = {mark: v.correct for mark, v in (("boxed", box), ("answer_line", line)) if v}
+        correct, found, failure = chosen or _Verdict(False, None)
+        return Grade(correct, found, self.grader, failure, split)
 
-    def _drop(self, worker: _Worker) -> int:
-        self._pool.remove(worker)
-        return worker.close()
 
-    def _waiting(self) -> list[_Worker]:
-        """The workers that have something to say; waits until there is one."""
-        with selectors.DefaultSelector() as selector:
-            for worker in self._pool:
-                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)  # pyright: ignore
-            return [key.data for key, _ in selector.select()]
+class _Marks(NamedTuple):
+    """Where a text marks its answer, as the comparisons that asks for. searched: no box says that it is elsewhere."""
+
+    box: _Question | None
+    line: _Question | None
+    whole: _Question
+    searched: bool
+
+    @classmethod
+    def of(cls, text: str, reference: str) -> "_Marks":
+        expected = extract_boxed(reference) or reference
+        box, line = (None if x is None else _Question(expected, x) for x in (extract_boxed(text), extract_line(text)))
+        searched = "\\boxed" not in text and bool(text.strip())
+        return cls(box, line, _Question(expected, text, False), searched)
+
+
+def grader_of(name: str, key: str = "grader") -> _Grader:
+    """What a grader's name stands for. key: the config's, for the UserError of one that is not known."""
+    if name in GRADERS:
+        return GRADERS[name]
+    named.named(key, name, dict.fromkeys(GRADERS, lambda: None))
+    return _Grader("function", "box_or_line")
+
+
+def _is_text(reference: str) -> bool:
+    """Whether math-verify would misread it: as LaTeX a word is a product of its letters, equal to its anagrams."""
+    return bool(_WORDS.fullmatch(normalise(reference)) or _GOES_ON.search(reference))
+
+
+def _versioned(name: str, by: str) -> str:
+    if by == "function":
+        return f"{name} {hashlib.blake2b(named.source(name), digest_size=4).hexdigest()}"
+    if by != "math_verify":
+        return f"{name} {VERSION}"
+    try:
+        return f"{name} {metadata.version('math-verify')}+{VERSION}"
+    except metadata.PackageNotFoundError:
+        raise UserError(f"grader: {name} needs math-verify; pip install math-verify, or use rules") from None

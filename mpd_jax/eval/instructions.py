@@ -16,7 +16,7 @@ from mpd_jax import build
 from mpd_jax.config import RunConfig
 from mpd_jax.eval import evaluate as evaluation
 from mpd_jax.eval.grade import GraderPool
-from mpd_jax.eval.intervals import Interval
+from mpd_jax.eval.statistics import Interval, interval
 from mpd_jax.files import AnyPath, path, read, write_atomically
 from mpd_jax.recipe.keep import KEPT
 from mpd_jax.roles import ModelFiles, Roles, make_sampler, open_roles
@@ -162,6 +162,6 @@ def _judged(rewrites: Sequence[Trajectory], problems: Any, chat: Any, pool: Grad
     accuracy_P = np.array([np.mean(values) for values in right.values()])
     lengths = [len(t.response) for t in rewrites if t.verdict == KEPT]
     return Reading(
-        Interval(float(accuracy_P.mean()), *evaluation.interval(accuracy_P, 0.0, 1.0)),
+        Interval(float(accuracy_P.mean()), *interval(accuracy_P, 0.0, 1.0)),
         float(np.mean(lengths)) if lengths else 0.0,
     )

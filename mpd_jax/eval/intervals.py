@@ -10,17 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpd_jax.eval import evaluate
+from mpd_jax.eval import statistics
+from mpd_jax.eval.statistics import Interval
 
-RESAMPLES = evaluate.RESAMPLES
-
-
-class Interval(NamedTuple):
-    """A mean and its 95 % interval."""
-
-    mean: float
-    lower: float
-    upper: float
+RESAMPLES = 10_000
 
 
 class Compared(NamedTuple):
@@ -60,7 +53,7 @@ def compared(
     while seeds move the mean no more than the choice of problems does, in 92 % where they move it 2.4 times as much,
     and in 74 % at ten times, for a bootstrap of three numbers is too narrow. One seed says nothing of others: its
     interval is that of the one trained model. Where all values are equal the bootstrap knows nothing, and
-    `evaluate.interval` answers.
+    `statistics.interval` answers.
     """
     values_KSP = np.stack([accuracy_SP, tokens_SP, vanilla_accuracy_SP, vanilla_tokens_SP]).astype(np.float64)
     accuracy, tokens, vanilla_accuracy, vanilla_tokens = values_KSP.mean(axis=(1, 2))
@@ -76,7 +69,7 @@ def compared(
 
 def _interval(mean: float, means_N: np.ndarray, values_SP: np.ndarray, low: float, high: float) -> Interval:
     if np.ptp(values_SP) <= 1e-9 * (high - low):
-        return Interval(float(mean), *evaluate.interval(values_SP[0], low, high))
+        return Interval(float(mean), *statistics.interval(values_SP[0], low, high))
     return Interval(float(mean), *_percentiles(means_N))
 
 

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mpd_jax.eval.evaluate import EvalRow
+from mpd_jax.eval.figures import EvalRow
 from mpd_jax.files import AnyPath, write_atomically
 
 INK, MUTED, GRID = "#1f2328", "#6e7781", "#e6e8eb"

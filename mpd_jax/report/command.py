@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mpd_jax import __version__, files
-from mpd_jax.eval import evaluate as evaluation
+from mpd_jax.eval.figures import EvalRow, paired_difference
 from mpd_jax.files import AnyPath
 from mpd_jax.report import figures
 from mpd_jax.report.examples import CANDIDATES, UNKNOWN, Example, examples_of
@@ -70,28 +70,37 @@ def run(sources: Sequence[str], out: str | None) -> AnyPath:
 
 
 def headline(run: RunFiles, slot: int) -> Headline:
-    temperature = run.headline_temperature
-    before, after = run.before(temperature), run.after(temperature)
-    difference = None
-    if before and after and before.row and after.row and set(before.row.problem_ids) == set(after.row.problem_ids):
-        difference = evaluation.paired_difference(before.row, after.row)[:3]
+    before, after = run.before(run.headline), run.after(run.headline)
     shown = after or before
     return Headline(
         run.name,
         slot,
         before.figures if before else None,
         after.figures if after else None,
-        difference,
+        _difference(before, after),
         conditions(shown, run) if shown else "not evaluated",
     )
+
+
+def _difference(before: Measured | None, after: Measured | None) -> tuple[float, float, float] | None:
+    """Of accuracy, paired; None where that cannot be told."""
+    rows: list[EvalRow] = [m.row for m in (before, after) if m is not None and m.row is not None]
+    if len(rows) < 2 or rows[0] is rows[1] or set(rows[0].problem_ids) != set(rows[1].problem_ids):
+        return None
+    return paired_difference(*rows)
 
 
 def conditions(m: Measured, run: RunFiles) -> str:
     """What an evaluation's figures hold for, in words."""
     f, c = m.figures, run.config
-    parts = [figures.said(m.temperature)]
-    if c is not None:
-        parts += [f"top_p {c.eval.top_p:g}"] * (c.eval.top_p < 1) + [f"top_k {c.eval.top_k}"] * (c.eval.top_k > 0)
+    top_p, top_k = f.get("top_p"), f.get("top_k")
+    if top_p is None and c is not None:  # samples of before do not say
+        top_p, top_k = c.eval.top_p, c.eval.top_k
+    parts = [str(m.where)]
+    if top_p is not None and top_p < 1:
+        parts.append(f"top_p {top_p:g}")
+    if top_k:
+        parts.append(f"top_k {top_k}")
     parts.append(f"{f.get('n', '?')} problems x {f.get('samples_per_problem', '?')}")
     parts.append(f"at most {f.get('max_tokens', '?')} tokens, graded by {f.get('grader', '?')}")
     return ", ".join(parts)
@@ -152,17 +161,13 @@ def tokens(value: float | None) -> str:
 
 
 def _rows(run: RunFiles) -> list[dict[str, Any]]:
-    """Every evaluation, with its difference from the untrained student at the same temperature."""
+    """Every evaluation, with its difference from the untrained student on the same problems, drawn alike."""
     made = []
     for m in run.measured:
-        before = run.before(m.temperature)
-        paired = m.row and before and before.row and m is not before
-        if paired and set(before.row.problem_ids) == set(m.row.problem_ids):  # pyright: ignore
-            difference = evaluation.paired_difference(before.row, m.row)[:3]  # pyright: ignore
-        else:
-            difference = None
-        saved = 1 - m.figures["mean_tokens"] / before.figures["mean_tokens"] if before and m is not before else None
-        made.append({**m.figures, "how": figures.said(m.temperature), "difference": difference, "saved": saved})
+        before = run.before(m.where)
+        other = before is not None and before is not m and before.figures["mean_tokens"]
+        saved = 1 - m.figures["mean_tokens"] / before.figures["mean_tokens"] if before and other else None
+        made.append({**m.figures, "how": str(m.where), "difference": _difference(before, m), "saved": saved})
     return made
 
 

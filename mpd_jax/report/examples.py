@@ -14,8 +14,8 @@ from typing import Literal
 
 from mpd_jax import build
 from mpd_jax.data.chat import Chat
-from mpd_jax.eval.evaluate import Sample
 from mpd_jax.eval.grade import GraderPool
+from mpd_jax.eval.samples import Sample
 from mpd_jax.report.gather import RunFiles
 from mpd_jax.roles import open_model
 from mpd_jax.run import EXAMPLES
@@ -93,16 +93,10 @@ def examples_of(run: RunFiles, advance: Callable[[int], None] = lambda done: Non
 
 
 def _held_out_pairs(run: RunFiles) -> list[tuple[Sample, Sample | None]]:
-    """The untrained student's samples at the headline temperature, each with the trained one's of the same draw."""
-    temperature = run.headline_temperature
+    """The untrained student's samples at the headline's place, each with the trained one's of the same draw."""
     before, after = (
-        {
-            (s.problem_id, s.attempt): s
-            for group in run.samples.values()
-            for s in group
-            if m is not None and s.name == m.figures["name"] and s.temperature == temperature
-        }
-        for m in (run.before(temperature), run.after(temperature))
+        {(s.problem_id, s.attempt): s for s in run.samples_of(m)}
+        for m in (run.before(run.headline), run.after(run.headline))
     )
     return [(sample, after.get(key)) for key, sample in list(before.items())[:CANDIDATES]]
 
@@ -115,17 +109,12 @@ def _held_out(pair: tuple[Sample, Sample | None], problems: Mapping[str, Problem
         problem_id=before.problem_id,
         problem=problem.question if problem else "",
         reference=before.reference,
-        level=_level(before) or _level(problem),
+        level=before.level or (problem.level if problem else None) or "",
         verdict="",
         original=_answered("original by the untrained student", before),
         rewrite=None,
         trained=_answered(after.name if after else "", after),
     )
-
-
-def _level(item: Sample | Problem | None) -> str:
-    level = getattr(item, "level", None)
-    return "" if level is None else str(level)
 
 
 def _answered(title: str, s: Sample | None) -> Answer | None:
@@ -217,7 +206,7 @@ def _example(
         problem_id=t.problem_id,
         problem=problem.question if problem else chat.text(t.prompt),
         reference=reference,
-        level=_level(problem) or _level(trained),
+        level=(problem.level if problem else None) or (trained.level if trained else None) or "",
         verdict=t.verdict,
         original=Answer(
             f"original by {by}", chat.decode(first.response), len(first.response), first.ended, original_right

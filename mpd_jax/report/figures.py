@@ -1,15 +1,15 @@
 """Which charts a report has, and of what: accuracy against tokens, lengths, and the curves of training."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from mpd_jax.eval.evaluate import Sample
 from mpd_jax.report import charts
 from mpd_jax.report.charts import Line, Mark
-from mpd_jax.report.gather import Measured, RunFiles
+from mpd_jax.report.gather import Measured, RunFiles, Where
 from mpd_jax.train.records import read_trajectories
 from mpd_jax.types import Trajectory
 
@@ -24,27 +24,22 @@ MEANINGS = (
 
 
 def accuracy_against_tokens(runs: Sequence[RunFiles]) -> Markup:
-    """One chart a temperature, the headline's first: every checkpoint of every run that was evaluated."""
-    first = [run.headline_temperature for run in runs]
-    there = [m.temperature for run in runs for m in run.measured]
-    temperatures = list(dict.fromkeys([t for t in first if t is not None] + there))
-    made = []
-    for temperature in temperatures:
-        marks = [
-            _marked(m, slot, run.name if len(runs) > 1 else "")
-            for slot, run in enumerate(runs)
-            for m in run.measured
-            if m.temperature == temperature and m.kind in SHAPES
-        ]
-        if marks:
-            used = {f"full {m.shape}" if m.filled else m.shape for m in marks}
-            shapes = [(shape, meaning) for shape, meaning in MEANINGS if shape in used]
-            made.append(charts.scatter(said(temperature), marks, "tokens per response", "accuracy, %", shapes))
-    return charts.join(made)
+    """One chart a set and temperature, the headline's first: every checkpoint of every run that was evaluated."""
+    first = [run.headline for run in runs if run.headline is not None]
+    places = list(dict.fromkeys([*first, *(m.where for run in runs for m in run.measured)]))
+    return charts.join([_scatter(runs, where) for where in places])
 
 
-def said(temperature: float) -> str:
-    return f"temperature {temperature:g}" if temperature else "greedy"
+def _scatter(runs: Sequence[RunFiles], where: Where) -> Markup | None:
+    marks = [
+        _marked(m, slot, run.name if len(runs) > 1 else "")
+        for slot, run in enumerate(runs)
+        for m in run.measured
+        if m.where == where and m.kind in SHAPES and math.isfinite(m.figures["mean_tokens"])
+    ]
+    used = {f"full {mark.shape}" if mark.filled else mark.shape for mark in marks}
+    shapes = [(shape, meaning) for shape, meaning in MEANINGS if shape in used]
+    return charts.scatter(str(where), marks, "tokens per response", "accuracy, %", shapes) if marks else None
 
 
 def _marked(m: Measured, slot: int, run: str) -> Mark:
@@ -59,16 +54,13 @@ def _marked(m: Measured, slot: int, run: str) -> Mark:
 
 
 def lengths(run: RunFiles) -> list[Markup | None]:
-    """Held-out responses before and after at the headline temperature; and of training, as written and rewritten."""
-    temperature = run.headline_temperature
-    before, after = run.before(temperature), run.after(temperature)
+    """Responses before and after at the headline's place; and of training, as written and rewritten."""
     groups = [
-        (m.figures["name"], tokens_of(run.samples, m.figures["name"], temperature), slot)
-        for slot, m in enumerate((before, after))
+        (m.figures["name"], [s.tokens for s in run.samples_of(m)], slot)
+        for slot, m in enumerate((run.before(run.headline), run.after(run.headline)))
         if m is not None
     ]
-    title = "held-out responses" + (f", {said(temperature)}" if temperature is not None else "")
-    made = [charts.histogram(title, groups, "tokens per response")]
+    made = [charts.histogram(f"responses, {run.headline}", groups, "tokens per response")]
     for path in (run.trajectories[0], run.trajectories[-1]) if len(run.trajectories) > 1 else run.trajectories:
         try:
             head, trajectories = read_trajectories(path)
@@ -77,10 +69,6 @@ def lengths(run: RunFiles) -> list[Markup | None]:
             continue
         made.append(charts.histogram(f"training, step {head['step'] + 1}", _written(trajectories), "tokens"))
     return made
-
-
-def tokens_of(samples: Mapping[str, Sequence[Sample]], name: str, temperature: float | None) -> list[float]:
-    return [s.tokens for group in samples.values() for s in group if s.name == name and s.temperature == temperature]
 
 
 def _written(trajectories: Sequence[Trajectory]) -> list[tuple[str, Sequence[float], int]]:

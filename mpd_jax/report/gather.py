@@ -7,14 +7,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from mpd_jax import config, files
 from mpd_jax.config import RunConfig
-from mpd_jax.eval import evaluate as evaluation
-from mpd_jax.eval.evaluate import EvalRow, Sample
+from mpd_jax.eval.figures import EvalRow, rows_of
+from mpd_jax.eval.samples import Sample, read_samples
 from mpd_jax.files import AnyPath
 from mpd_jax.run import BASE, CONCISE, EXAMPLES, TRAINED
 from mpd_jax.types import UserError
@@ -22,9 +22,20 @@ from mpd_jax.types import UserError
 Kind = Literal["base", "concise", "cut", "step", "trained", "other"]
 
 
+class Where(NamedTuple):
+    """What is compared with each other. problem_set: "" are the run's held-out problems."""
+
+    problem_set: str
+    temperature: float
+
+    def __str__(self) -> str:
+        how = f"temperature {self.temperature:g}" if self.temperature else "greedy"
+        return f"{self.problem_set}, {how}" if self.problem_set else how
+
+
 @dataclass(frozen=True)
 class Measured:
-    """Figures of one (name, temperature): those of an EvalRow, in a dict. step: updates before, where it is the
+    """Figures of one name: those of an EvalRow, in a dict. step: updates before, where it is the
     student's own. row: with the figures of single problems, where the samples could be read."""
 
     kind: Kind
@@ -33,8 +44,8 @@ class Measured:
     row: EvalRow | None = None
 
     @property
-    def temperature(self) -> float:
-        return self.figures["temperature"]
+    def where(self) -> Where:
+        return Where(self.figures.get("problem_set", ""), self.figures["temperature"])
 
 
 @dataclass
@@ -58,19 +69,31 @@ class RunFiles:
     missing: list[str] = field(default_factory=list)
 
     @property
-    def headline_temperature(self) -> float | None:
-        """The first of eval.temperatures, else that of the first evaluation."""
-        there = [m.temperature for m in self.measured]
-        wanted = self.config.eval.temperatures[0] if self.config else None
+    def headline(self) -> Where | None:
+        """The held-out problems at the first of eval.temperatures, else whatever was evaluated first."""
+        there = [m.where for m in self.measured]
+        wanted = Where("", self.config.eval.temperatures[0]) if self.config else None
         return wanted if wanted in there or not there else there[0]
 
-    def before(self, temperature: float | None) -> Measured | None:
-        return next((m for m in self.measured if m.kind == "base" and m.temperature == temperature), None)
+    def before(self, where: Where | None) -> Measured | None:
+        return next((m for m in self.measured if m.kind == "base" and m.where == where), None)
 
-    def after(self, temperature: float | None) -> Measured | None:
+    def after(self, where: Where | None) -> Measured | None:
         """The trained student, or where training goes on the last checkpoint that was evaluated."""
-        there = [m for m in self.measured if m.kind in ("step", "trained") and m.temperature == temperature]
+        there = [m for m in self.measured if m.kind in ("step", "trained") and m.where == where]
         return max(there, key=lambda m: (m.kind == "trained", m.step or 0), default=None)
+
+    def samples_of(self, m: Measured | None) -> list[Sample]:
+        """Those that its figures are of; none where they were not kept."""
+        if m is None:
+            return []
+        name, where = m.figures["name"], m.where
+        return [
+            s
+            for group in self.samples.values()
+            for s in group
+            if s.name == name and Where(s.problem_set, s.temperature) == where
+        ]
 
 
 def gather(source: str) -> RunFiles:
@@ -163,14 +186,18 @@ def told(numbers: Sequence[int], noun: str) -> str:
 
 def _read_evaluations(run: RunFiles) -> None:
     def order(path: AnyPath) -> tuple[int, str]:
-        return _kind({"name": path.stem})[1] or 0, path.name
+        return _kind({"name": path.stem})[1] or 0, str(path)
 
-    for path in sorted((run.path / "evaluations").glob("*.jsonl"), key=order):
-        where = f"evaluations/{path.name}"
+    directory = run.path / "evaluations"
+    # Of sets in directories of their own; what another grader made of samples is in `regraded_*`.
+    found = [*directory.glob("*.jsonl"), *directory.glob("*/*.jsonl")]
+    for path in sorted((p for p in found if not p.parent.name.startswith("regraded_")), key=order):
+        inner = "" if path.parent.name == directory.name else f"{path.parent.name}/"
+        where = f"evaluations/{inner}{path.name}"
         try:
-            samples = evaluation.read_samples(path)
-            rows = [(row.summary(), row) for row in evaluation.rows_of(samples)]
-            _keep(run, path.stem, samples)
+            samples = read_samples(path)
+            rows = [(row.summary(), row) for row in rows_of(samples)]
+            _keep(run, inner, path.stem, samples)
             run.sources.append((where, "every sample: accuracy, tokens, answers", f"{len(samples):,} samples"))
         except (UserError, ValueError) as error:
             rows = [(figures, None) for figures in _stored_rows(path.with_suffix(".json"))]
@@ -179,13 +206,13 @@ def _read_evaluations(run: RunFiles) -> None:
         run.measured += [Measured(*_kind(f), f, row) for f, row in rows if not f["name"].startswith(EXAMPLES)]
 
 
-def _keep(run: RunFiles, stem: str, samples: Sequence[Sample]) -> None:
+def _keep(run: RunFiles, inner: str, stem: str, samples: Sequence[Sample]) -> None:
     """Of a long run all samples would be many gigabytes: texts are kept where they are shown, and ids nowhere."""
     kind = _kind({"name": stem})[0]
     if kind == "step":
-        run.samples = {name: kept for name, kept in run.samples.items() if _kind({"name": name})[0] != "step"}
+        run.samples = {name: kept for name, kept in run.samples.items() if not name.startswith(f"{inner}step ")}
     if kind in ("base", "step", "trained") or stem.startswith(EXAMPLES):
-        run.samples[stem] = [replace(s, response_ids=()) for s in samples]
+        run.samples[f"{inner}{stem}"] = [replace(s, response_ids=()) for s in samples]
 
 
 def _stored_rows(path: AnyPath) -> list[dict[str, Any]]:

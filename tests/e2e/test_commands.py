@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mpd_jax import cli
-from mpd_jax.eval.evaluate import read_samples
+from mpd_jax.eval.samples import read_samples
 from mpd_jax.train.records import read_trajectories
 from tests.e2e.tiny import QUICKSTART, ROOT, SMALL
 

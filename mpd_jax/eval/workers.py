@@ -1,0 +1,105 @@
+"""Processes that compare answers: each question costs at most its own time limit, never the run.
+
+Not here: what is asked (grade.py), and what a process does with it (grade_worker.py).
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class _Worker:
+    """One comparing process and the item it has in hand. It ends with its standard input, so it outlives nobody."""
+
+    def __init__(self, limit_s: float, function: str | None):
+        # A plain process rather than multiprocessing's spawn: that one would import the caller's main script, and with
+        # it jax, in every worker and in every replacement. -P keeps this folder's module names out of its path.
+        script, where = str(Path(__file__).with_name("grade_worker.py")), [each or os.getcwd() for each in sys.path]
+        settings = {"seconds": limit_s, "function": function, "path": where if function else []}
+        command = [sys.executable, "-P", "-W", "ignore", script, json.dumps(settings)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        )
+        self.ready = False
+        self.item: Any = None
+
+    def send(self, item: Any, question: dict) -> None:
+        self.item = item
+        with contextlib.suppress(BrokenPipeError):  # if it has died, `receive` will say so
+            print(json.dumps(question), file=self.process.stdin, flush=True)
+
+    def receive(self) -> dict | None:
+        """Its next line, or None when it has died."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        return json.loads(line) if line.endswith("\n") else None
+
+    def close(self) -> int:
+        """Ends it; the exit status it had come to by itself, if it had."""
+        self.process.kill()
+        status = self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()  # pyright: ignore[reportOptionalMemberAccess]
+        return status
+
+
+class Workers:
+    """Up to `count` processes, started when there is work for them. limit_s: processor seconds for one question.
+
+    function: the import path of a user's function that answers; without it math-verify does.
+    """
+
+    def __init__(self, count: int, limit_s: float, function: str | None = None):
+        self.count, self.limit_s, self.function = count, limit_s, function
+        self.pool: list[_Worker] = []
+
+    def close(self) -> None:
+        while self.pool:
+            self.pool.pop().close()
+
+    def ask(self, questions: Mapping[Any, dict]) -> dict[Any, dict]:
+        """The reply to each question: correct, found, failure. One is in each worker's hands at a time."""
+        replies: dict[Any, dict] = {}
+        queue = deque(questions)
+        # A worker that died between two calls, idle, is replaced like one that never was.
+        for worker in [w for w in self.pool if w.process.poll() is not None]:
+            self._drop(worker)
+        while queue or any(worker.item is not None for worker in self.pool):
+            while len(self.pool) < min(self.count, len(queue)):
+                self.pool.append(_Worker(self.limit_s, self.function))
+            for worker in self.pool:
+                if queue and worker.ready and worker.item is None:
+                    worker.send(queue[0], questions[queue.popleft()])
+            for worker in self._waiting():
+                reply = worker.receive()
+                if reply is None:
+                    status = self._drop(worker)
+                    if not worker.ready:
+                        raise RuntimeError(f"a grading process could not start (exit status {status})")
+                    failure = {-signal.SIGPROF: "timeout", -signal.SIGALRM: "stalled"}.get(status, "crash")
+                    reply = {"correct": False, "found": None, "failure": failure}
+                worker.ready = True
+                if worker.item is not None:
+                    replies[worker.item] = reply
+                    worker.item = None
+        return replies
+
+    def _drop(self, worker: _Worker) -> int:
+        self.pool.remove(worker)
+        return worker.close()
+
+    def _waiting(self) -> list[_Worker]:
+        """The workers that have something to say; waits until there is one."""
+        with selectors.DefaultSelector() as selector:
+            for worker in self.pool:
+                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)  # pyright: ignore
+            return [key.data for key, _ in selector.select()]
