@@ -70,8 +70,8 @@ class RunFiles:
 
     @property
     def headline(self) -> Where | None:
-        """The held-out problems at the first of eval.temperatures, else whatever was evaluated first."""
-        there = [m.where for m in self.measured]
+        """The held-out problems at the first of eval.temperatures, else whatever the student was evaluated on first."""
+        there = [m.where for m in self.measured if m.kind in ("base", "step", "trained")]
         wanted = Where("", self.config.eval.temperatures[0]) if self.config else None
         return wanted if wanted in there or not there else there[0]
 
