@@ -19,7 +19,7 @@ from mpd_jax.report.examples import Answer, Example, difference
 from mpd_jax.report.gather import gather, name_runs
 from mpd_jax.roles import TINY
 from mpd_jax.types import UserError
-from tests.run_files import PROBLEMS, evaluated, sample, write_run
+from tests.run_files import PROBLEMS, evaluated, metrics, sample, write_run
 
 HOSTILE = '<script>alert("1")</script></pre>&amp;<img src=x onerror=alert(2)>'
 VOID = {"meta", "link", "br", "input", "hr", "img"}
@@ -234,6 +234,14 @@ def test_long_texts_are_cut_and_a_report_stays_small(tmp_path, encode, monkeypat
     (told,) = re.findall(r"(\d+) of 20 are left out", page.text)
     assert len(page.named("details", **{"class": "example"})) == 20 - int(told) < 20
     assert "more characters are left out" in page.text
+
+
+def test_a_long_run_has_no_more_points_than_a_picture_shows(tmp_path, encode):
+    run = write_run(tmp_path / "run", encode)
+    short = len((written(tmp_path, run), (tmp_path / "report.html").read_text())[1])
+    (run / "metrics.jsonl").write_text(metrics(5000))
+    written(tmp_path, run)
+    assert len((tmp_path / "report.html").read_text()) - short < 200_000
 
 
 def answer(correct, text="a"):

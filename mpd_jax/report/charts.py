@@ -13,8 +13,9 @@ import numpy as np
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 38
+LEFT, RIGHT, TOP, BOTTOM = 48, 20, 12, 38
 COLOURS = 8
+MOST_POINTS = 400  # of a curve or band: more than a picture has pixels for
 
 
 class Line(NamedTuple):
@@ -141,10 +142,17 @@ def histogram(title: str, groups: Sequence[tuple[str, Sequence[float], int]], x_
 def stacked(
     title: str, steps: Sequence[float], parts: Sequence[tuple[str, Sequence[float]]], y_label: str
 ) -> Markup | None:
-    """Shares (0 to 1) over steps, one on the other."""
+    """Shares (0 to 1) over steps, one on the other; of many steps the means of so many at a time."""
     parts = [(label, values) for label, values in parts if any(values)]
     if not steps or not parts:
         return None
+    every = -(-len(steps) // MOST_POINTS)
+    starts = np.arange(0, len(steps), every)
+    counts = np.diff(np.append(starts, len(steps)))
+    parts = [
+        (label, (np.add.reduceat(np.asarray(v, dtype=np.float64), starts) / counts).tolist()) for label, v in parts
+    ]
+    steps = list(steps[::every])
     top = max(1.0, max(sum(values) for values in zip(*(v for _, v in parts), strict=True)))
     # One step is as wide as the picture; a last step lasts as long as the one before.
     last = steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)

@@ -120,14 +120,14 @@ def values(steps: Sequence[Mapping[str, Any]], of: Callable[[Mapping[str, Any]],
 
 
 def smoothed(label: str, points: Sequence[tuple[float, float]], slot: int) -> Line:
-    """Single steps faint and their running mean strong, where there are many; at most some 400 points each."""
+    """Single steps faint and their running mean strong, where there are many."""
     width = max(1, len(points) // 20)
     if width == 1:
         return Line(label, points, slot)
     x, y = np.array(points).T
     kernel = np.ones(width)
     mean = np.convolve(y, kernel, "same") / np.convolve(np.ones(len(y)), kernel, "same")
-    every = max(1, len(points) // 400)
+    every = -(-len(points) // charts.MOST_POINTS)
     strong = list(zip(x[::every].tolist(), mean[::every].tolist(), strict=True))
     return Line(label, strong, slot, list(zip(x[::every].tolist(), y[::every].tolist(), strict=True)))
 
