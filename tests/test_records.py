@@ -72,13 +72,17 @@ def test_trajectories_of_which_a_part_is_lost_are_made_again(tmp_path, left):
         read_trajectories(records.path(0))
 
 
-def test_a_damaged_byte_anywhere_is_seen(tmp_path):
+def test_a_damaged_byte_anywhere_is_seen_or_changes_nothing(tmp_path):
     records = Records(tmp_path, seed=7)
     records.save(0, [trajectory()])
-    data = records.path(0).read_bytes()
+    data, found = records.path(0).read_bytes(), []
     for at in range(10, len(data)):
         records.path(0).write_bytes(data[:at] + bytes([data[at] ^ 64]) + data[at + 1 :])
-        assert records.load(0, PROBLEMS) is None
+        found.append(records.load(0, PROBLEMS))
+    assert [each for each in found if each is not None] in (
+        [],
+        [[trajectory()]],
+    )  # the last bits of a stream fill a byte
 
 
 def uncompressed(records, step, stage="final"):

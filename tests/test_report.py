@@ -336,10 +336,12 @@ def test_ticks_are_few_round_and_inside(low, high):
 
 def test_the_headline_says_what_there_is_when_a_half_is_missing(tmp_path, encode):
     run = gather(str(write_run(tmp_path / "run", encode)))
+    run.name = "[b]run[/b]"
     run.measured = [m for m in run.measured if m.kind == "trained"]
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(command.table([command.headline(run, 0)]))
-    assert "- → 75.0" in console.export_text()
+    shown = console.export_text()
+    assert "- → 75.0" in shown and "[b]run[/b]" in shown
 
 
 def test_a_config_without_evaluations_is_a_report_too(tmp_path, encode):

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from mpd_jax import __version__, files
@@ -109,7 +110,7 @@ def conditions(m: Measured, run: RunFiles) -> str:
 def table(headlines: Sequence[Headline]) -> Table:
     """The headline for a terminal of 80 columns."""
     result = Table(title="Before and after, 95 % intervals", box=SIMPLE_HEAD, pad_edge=False)
-    result.caption = "; ".join(dict.fromkeys(h.conditions for h in headlines))
+    result.caption = escape("; ".join(dict.fromkeys(h.conditions for h in headlines)))
     result.add_column("run", overflow="fold")
     for column in ("accuracy, %", "difference", "tokens", "saved"):
         result.add_column(column, justify="right", no_wrap=True)
@@ -119,9 +120,11 @@ def table(headlines: Sequence[Headline]) -> Table:
             for f in (h.before, h.after)
         ]
         (accuracy, tokens), (accuracy_after, tokens_after) = both
-        change = "" if h.difference is None else "{:+.1f}\n[{:+.1f}, {:+.1f}]".format(*(100 * d for d in h.difference))
+        change = (
+            "" if h.difference is None else "{:+.1f}\n\\[{:+.1f}, {:+.1f}]".format(*(100 * d for d in h.difference))
+        )
         saved = "" if h.saved is None else f"{h.saved:.0%}"
-        result.add_row(h.run, f"{accuracy} → {accuracy_after}", change, f"{tokens} → {tokens_after}", saved)
+        result.add_row(escape(h.run), f"{accuracy} → {accuracy_after}", change, f"{tokens} → {tokens_after}", saved)
     return result
 
 
