@@ -76,7 +76,7 @@ def test_configs_of_real_size_give_each_of_eight_accelerators_one_row_at_a_time(
         ("train.steps=many", "train.steps: 'many' is not allowed"),
         ("train.steps=0", "train.steps = 0"),
         ("train.keep_trajectories=31", "train.keep_trajectories: 31 steps are fewer"),
-        ("train.trackers=[mlflow]", "train.trackers.0: 'mlflow' is not allowed"),
+        ("train.trackers=[mlflow]", "train.trackers: 'mlflow' is not allowed"),
         ("train.trackers=[wandb,wandb]", "train.trackers = ('wandb', 'wandb')"),
         ("train.steps", "write it as section.key=value"),
         ("sampling.writer.top_p=0", "sampling.writer: top_p = 0"),

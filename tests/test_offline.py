@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mpd_jax import config, offline
-from mpd_jax.data.problems import read_jsonl
+from mpd_jax.data.problems import read_file
 from mpd_jax.eval.grade import VERSION
 from mpd_jax.recipe.write import DatasetWriter
 from mpd_jax.roles import open_roles
@@ -103,7 +103,7 @@ def test_a_line_a_problem_tells_what_became_of_it_and_the_kept_can_be_trained_on
     assert (lines[2]["right_before"], lines[2]["right_after"]) == (False, True)
     assert "right_before" not in lines[0]  # it has no reference answer
     kept = [line for line in lines if "solution" in line]
-    problems = read_jsonl(out, COLUMNS)
+    problems = read_file(out, COLUMNS)
     assert [problem.id for problem in problems] == [line["id"] for line in kept]
     written = DatasetWriter(chat)(problems, 0)
     assert [len(t.response) for t in written] == [line["tokens_after"] for line in kept]
