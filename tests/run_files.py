@@ -63,7 +63,9 @@ def metrics(steps: int) -> str:
 def write_run(run_dir: Path, encode, *, steps: int = 2, saved: int = 60) -> Path:
     """encode: text to ids, of the student's tokenizer. saved: tokens that training saves."""
     run_dir.mkdir(parents=True)
-    settings = config.load(ROOT / "configs" / "quickstart.yaml", [f"run.dir={run_dir}", f"train.steps={steps}", "train.warmup_steps=0"])
+    settings = config.load(
+        ROOT / "configs" / "quickstart.yaml", [f"run.dir={run_dir}", f"train.steps={steps}", "train.warmup_steps=0"]
+    )
     (run_dir / "config.yaml").write_text(config.to_yaml(settings))
     (run_dir / "metrics.jsonl").write_text(metrics(steps))
     records = Records(run_dir, seed=0)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,8 +109,8 @@ def test_examples_lie_side_by_side_and_can_be_filtered(tmp_path, encode):
     titles = {
         "original by the untrained student": 16,
         "rewrite by the teacher": 8,
-        "training problems, step 2": 7,
-    }  # once as a file
+        "trained student, step 2": 14,
+    }
     assert {title: page.text.count(title) for title in titles} == titles
     assert {select["name"] for select in page.named("select")} == {"source", "verdict", "change"}
     assert len(page.named("del")) >= 8 and len(page.named("ins")) >= 8
@@ -324,6 +325,16 @@ def test_a_histogram_holds_all_of_a_group_and_a_scatter_its_intervals():
     left, y, right, x, low, high = map(float, cross)
     assert (x - left) / (right - left) == pytest.approx(3 / 7, abs=0.01)
     assert (low - y) / (low - high) == pytest.approx(0.5, abs=0.01)
+
+
+def test_steps_are_whole_and_what_each_took_lies_before_its_end():
+    assert charts.ticks(1, 2, 6, whole=True) == [1, 2] and charts.ticks(0, 48, 6, whole=True) == [0, 10, 20, 30, 40]
+    figure = str(charts.stacked("t", [1.0, 2.0], [("a", [0.25, 0.75]), ("b", [0.75, 0.25])], "y"))
+    first = re.findall(r'class="band s0" d="([^"]*)"', figure)[0]
+    points = [tuple(map(float, pair)) for pair in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", first)]
+    width, height = charts.WIDTH - charts.LEFT - charts.RIGHT, charts.HEIGHT - charts.TOP - charts.BOTTOM
+    at = [((x - charts.LEFT) / width, (charts.HEIGHT - charts.BOTTOM - y) / height) for x, y in points[:4]]
+    assert np.allclose(at, [(0, 0.25), (0.5, 0.25), (0.5, 0.75), (1, 0.75)], atol=0.01)
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-3, 7), (0.001, 0.0013), (0, 123456), (99.9, 100.1)])

@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 48, 20, 12, 38
+LEFT, RIGHT, TOP, BOTTOM = 48, 20, 12, 42
 COLOURS = 8
 MOST_POINTS = 400  # of a curve or band: more than a picture has pixels for
 
@@ -60,13 +60,14 @@ class Frame:
         return round(HEIGHT - BOTTOM - (value - self.y_low) / span * (HEIGHT - TOP - BOTTOM), 1)
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from low to high."""
+def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
+    """About `count` round numbers from low to high; integers if whole."""
     if not high > low:
         return [low]
-    raw = (high - low) / count
+    raw = max((high - low) / count, 1.0 if whole else 0.0)
     scale = 10.0 ** math.floor(math.log10(raw))
-    step = next(scale * m for m in (1, 2, 2.5, 5, 10) if scale * m >= raw * 0.999)
+    round_ones = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
+    step = next(scale * m for m in round_ones if scale * m >= raw * 0.999)
     return [round(step * i, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
@@ -148,21 +149,17 @@ def stacked(
         return None
     every = -(-len(steps) // MOST_POINTS)
     starts = np.arange(0, len(steps), every)
-    counts = np.diff(np.append(starts, len(steps)))
-    parts = [
-        (label, (np.add.reduceat(np.asarray(v, dtype=np.float64), starts) / counts).tolist()) for label, v in parts
-    ]
-    steps = list(steps[::every])
-    top = max(1.0, max(sum(values) for values in zip(*(v for _, v in parts), strict=True)))
-    # One step is as wide as the picture; a last step lasts as long as the one before.
-    last = steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)
-    frame = Frame(steps[0], last, 0.0, 100 * top)
-    base, drawn = np.zeros(len(steps)), []
-    for slot, (label, values) in enumerate(parts):
-        upper = base + 100 * np.asarray(values, dtype=np.float64)
-        ends = [*steps[1:], last]
-        over = [p for left, right, y in zip(steps, ends, upper, strict=True) for p in ((left, y), (right, y))]
-        under = [p for left, right, y in zip(steps, ends, base, strict=True) for p in ((left, y), (right, y))]
+    ends = np.append(starts[1:], len(steps))
+    means = [np.add.reduceat(np.asarray(v, dtype=np.float64), starts) / (ends - starts) for _, v in parts]
+    top = max(1.0, float(np.sum(means, axis=0).max()))
+    rights = [steps[end - 1] for end in ends]
+    lefts = [steps[0] - 1, *rights[:-1]]  # what a step took lies before its end
+    frame = Frame(lefts[0], rights[-1], 0.0, 100 * top)
+    base, drawn = np.zeros(len(rights)), []
+    for slot, ((label, values), mean_of_block) in enumerate(zip(parts, means, strict=True)):
+        upper = base + 100 * mean_of_block
+        over = [p for left, right, y in zip(lefts, rights, upper, strict=True) for p in ((left, y), (right, y))]
+        under = [p for left, right, y in zip(lefts, rights, base, strict=True) for p in ((left, y), (right, y))]
         path = _path(frame, [*over, *reversed(under)])
         mean = float(np.mean(values))
         drawn.append(
@@ -230,15 +227,15 @@ def _figure(
         y = frame.y(value)
         svg.append(Markup('<path class="grid" d="M{} {}H{}"/>').format(LEFT, y, WIDTH - RIGHT))
         svg.append(Markup('<text class="tick end" x="{}" y="{}">{}</text>').format(LEFT - 6, y + 4, _plain(value)))
-    for value in ticks(frame.x_low, frame.x_high, 6):
+    for value in ticks(frame.x_low, frame.x_high, 6, whole=x_label == "step"):
         svg.append(
             Markup('<text class="tick middle" x="{}" y="{}">{}</text>').format(
-                frame.x(value), HEIGHT - BOTTOM + 15, _plain(value)
+                frame.x(value), HEIGHT - BOTTOM + 18, _plain(value)
             )
         )
     svg.append(Markup('<path class="axis" d="M{} {}H{}"/>').format(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT))
     middle = (LEFT + WIDTH - RIGHT) / 2
-    svg.append(Markup('<text class="label middle" x="{}" y="{}">{}</text>').format(middle, HEIGHT - 6, x_label))
+    svg.append(Markup('<text class="label middle" x="{}" y="{}">{}</text>').format(middle, HEIGHT - 5, x_label))
     svg += [*drawn, Markup("</svg>")]
     legend = [
         Markup('<li><svg viewBox="0 0 14 14" class="key"><path class="mark ink {}" d="{}"/></svg>{}</li>').format(

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mpd_jax import __version__, files
-from mpd_jax.eval.figures import EvalRow, paired_difference
+from mpd_jax.eval.figures import paired_difference
 from mpd_jax.files import AnyPath
 from mpd_jax.report import figures
 from mpd_jax.report.examples import CANDIDATES, UNKNOWN, Example, examples_of
@@ -85,10 +85,10 @@ def headline(run: RunFiles, slot: int) -> Headline:
 
 def _difference(before: Measured | None, after: Measured | None) -> tuple[float, float, float] | None:
     """Of accuracy, paired; None where that cannot be told."""
-    rows: list[EvalRow] = [m.row for m in (before, after) if m is not None and m.row is not None]
-    if len(rows) < 2 or rows[0] is rows[1] or set(rows[0].problem_ids) != set(rows[1].problem_ids):
+    first, last = (m.row if m is not None else None for m in (before, after))
+    if first is None or last is None or first is last or set(first.problem_ids) != set(last.problem_ids):
         return None
-    return paired_difference(*rows)
+    return paired_difference(first, last)
 
 
 def conditions(m: Measured, run: RunFiles) -> str:
@@ -134,7 +134,7 @@ def render(runs: Sequence[RunFiles], headlines: Sequence[Headline], screen: Scre
     environment = Environment(
         loader=PackageLoader("mpd_jax", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"percent": percent, "tokens": tokens}
+    environment.filters |= {"percent": percent, "whole": whole, "tokens": tokens}
     shown, left_out = _examples(runs, environment, screen)
     lengths = [(run, figures.lengths(run)) for run in runs]
     page = environment.get_template("page.html.j2").render(
@@ -157,6 +157,10 @@ def render(runs: Sequence[RunFiles], headlines: Sequence[Headline], screen: Scre
 
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
+
+
+def whole(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f}"
 
 
 def tokens(value: float | None) -> str:

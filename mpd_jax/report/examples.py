@@ -78,8 +78,8 @@ def _word(correct: bool) -> str:
 def examples_of(run: RunFiles, advance: Callable[[int], None] = lambda done: None) -> list[Example]:
     """Every candidate, those first that should be seen first. Says in `run.missing` what texts there are not."""
     held_out, (chat, trajectories) = _held_out_pairs(run), _trajectories(run)
-    wanted = {"heldout": {s.problem_id for s, _ in held_out}, "train": {t.problem_id for t in trajectories}}
-    problems = {id_: problem for split, ids in wanted.items() for id_, problem in _problems(run, split, ids).items()}
+    problems = _problems(run, "heldout", {s.problem_id for s, _ in held_out})
+    problems |= _problems(run, "train", {t.problem_id for t in trajectories})
     training = _training(run, chat, trajectories, problems) if chat else []
     made = _alternating([*training, *(_held_out(pair, problems) for pair in held_out)])
     compared = []
@@ -113,8 +113,12 @@ def _held_out(pair: tuple[Sample, Sample | None], problems: Mapping[str, Problem
         verdict="",
         original=_answered("original by the untrained student", before),
         rewrite=None,
-        trained=_answered(after.name if after else "", after),
+        trained=_trained(after),
     )
+
+
+def _trained(s: Sample | None) -> Answer | None:
+    return _answered(f"trained student, step {s.name.rpartition('step ')[2]}" if s else "", s)
 
 
 def _answered(title: str, s: Sample | None) -> Answer | None:
@@ -212,7 +216,7 @@ def _example(
             f"original by {by}", chat.decode(first.response), len(first.response), first.ended, original_right
         ),
         rewrite=rewrite,
-        trained=_answered(trained.name if trained else "", trained),
+        trained=_trained(trained),
     )
 
 

@@ -91,7 +91,7 @@ def training(runs: Sequence[RunFiles]) -> Markup:
                 made.append(smoothed(name, points, number if several else at))
         return made
 
-    single = [
+    single: list[tuple[str, str, tuple[tuple[str, str], ...]]] = [
         ("loss", "", (("loss", "loss"),)),
         ("divergence from the target", "nats a token", (("divergence", "divergence"),)),
         ("accuracy of what was written", "share", (("rollout_accuracy", "accuracy"),)),

@@ -88,7 +88,7 @@ class WeightsAndBiases:
         self._run: Any = None
 
     def restart(self, rows: Sequence[Row], rewound: bool) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports] - an extra
 
         self.close()
         known = files.read(self._path)
