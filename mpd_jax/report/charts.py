@@ -28,7 +28,7 @@ class Line(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """A point with its intervals (lower, upper). shape: circle, square, diamond, triangle. joined: marks of one slot
+    """A point with its intervals (lower, upper). shape: circle, square or diamond. joined: marks of one slot
     that are joined are points of a curve, in their order."""
 
     label: str
@@ -208,7 +208,6 @@ def _shape(shape: str, x: float, y: float, r: float = 5) -> str:
     corners = {
         "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
         "diamond": [(0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)],
-        "triangle": [(0, -1.1), (1.1, 0.9), (-1.1, 0.9)],
     }[shape]
     return "M" + "L".join(f"{x + r * a:.1f} {y + r * b:.1f}" for a, b in corners) + "Z"
 

@@ -13,18 +13,20 @@ from mpd_jax.report.gather import Measured, RunFiles, Where
 from mpd_jax.train.records import read_trajectories
 from mpd_jax.types import Trajectory
 
-SHAPES = {"base": "square", "concise": "diamond", "cut": "triangle", "step": "circle", "trained": "circle"}
+SHAPES = {"base": "square", "concise": "diamond", "step": "circle", "trained": "circle"}
 MEANINGS = (
     ("square", "untrained"),
     ("diamond", "untrained, asked for fewer words"),
-    ("triangle", "untrained, cut to the trained length"),
     ("circle", "checkpoint"),
     ("full circle", "trained"),
 )
 
 
 def accuracy_against_tokens(runs: Sequence[RunFiles]) -> Markup:
-    """One chart a set and temperature, the headline's first: every checkpoint of every run that was evaluated."""
+    """One chart a set and temperature, the headline's first: every checkpoint of every run that was evaluated.
+
+    Left out is the untrained student cut to length: mostly at 0, it would press all others together.
+    """
     first = [run.headline for run in runs if run.headline is not None]
     places = list(dict.fromkeys([*first, *(m.where for run in runs for m in run.measured)]))
     return charts.join([_scatter(runs, where) for where in places])
