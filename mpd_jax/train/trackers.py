@@ -85,6 +85,7 @@ class WeightsAndBiases:
     def __init__(self, run_dir: AnyPath, project: str | None, config: Mapping[str, Any]):
         self._path, self._project, self._config = run_dir / "wandb.json", project or "mpd-jax", config
         self._name = run_dir.name
+        self._here = None if files.remote(run_dir) else str(run_dir)  # for the library's own files
         self._run: Any = None
 
     def restart(self, rows: Sequence[Row], rewound: bool) -> None:
@@ -95,9 +96,8 @@ class WeightsAndBiases:
         if known is None or rewound:
             files.write_atomically(self._path, json.dumps({"id": secrets.token_hex(8)}))
         name = json.loads(files.read(self._path) or b"")["id"]
-        self._run = wandb.init(
-            project=self._project, id=name, resume="allow", group=self._name, name=self._name, config=dict(self._config)
-        )
+        how = {"project": self._project, "group": self._name, "name": self._name, "config": dict(self._config)}
+        self._run = wandb.init(id=name, resume="allow", dir=self._here, **how)
         for row in rows:
             self.add(row)
 
