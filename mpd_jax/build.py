@@ -369,6 +369,8 @@ def _fingerprint(config: RunConfig) -> str:
         "guards",
         "eval",
         "mesh",
+        "problems.directory",
+        "problems.tfds",
         "sampling.slots",
         "sampling.prefill_chunk",
         "sampling.prefill_rows",

@@ -179,21 +179,67 @@ def _which(step: int | None, best: bool) -> int | Literal["best"] | None:
 def evaluate(
     source: Annotated[str, typer.Argument(help="A run directory, or a model as for `sample`.", show_default=False)],
     overrides: Overrides = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SET...",
+            help="Sets to evaluate on, whole, instead of the held-out problems: ready names such as math500 aime25, or "
+            "whatever problems.heldout takes.",
+            show_default=False,
+        ),
+    ] = None,
     config: Annotated[
         str | None, typer.Option(help="Where problems and eval settings come from; a run directory has its own.")
     ] = None,
     regrade: Annotated[
-        str | None, typer.Option(help="Grade the stored samples of a run again with this grader; sample nothing.")
+        list[str] | None,
+        typer.Option(
+            metavar="GRADER",
+            help="Grade the stored samples again, and sample nothing: rules, answer_line, boxed, math_verify, "
+            "dual_path, choice, or package.module:function; repeatable.",
+            show_default=False,
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="A directory for every sample, as JSON Lines.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="A run, or a directory of --out: the paired test against its samples.", show_default=False),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="A directory for every sample, as JSON Lines; the same command goes on there. With --set a run's are "
+            "in its evaluations/.",
+            show_default=False,
+        ),
+    ] = None,
     step: Step = None,
     best: Best = False,
 ) -> None:
-    """Accuracy and tokens on held-out problems of a model or a run's student, as it is and asked for fewer words."""
-    from mpd_jax import use
+    """Accuracy and tokens of a model or a run's student, as it is and asked for fewer words.
+
+    On the run's held-out problems, or on sets; with eval.attempts=16 eval.temperatures=[0.6] of 16 attempts a problem.
+    """
+    from mpd_jax.eval import command
 
     _one("eval")
-    use.evaluate(source, config, overrides or [], regrade, out, _which(step, best))
+    changes, named = _sets(overrides or [], sets or [])
+    command.run(
+        source,
+        config,
+        changes,
+        sets=named,
+        regrade=regrade or [],
+        against=against,
+        out=out,
+        which=_which(step, best),
+        secrets=os.environ.get,
+    )
+
+
+def _sets(words: list[str], sets: list[str]) -> tuple[list[str], list[str]]:
+    """Overrides, and names of sets: several may follow one --set, where they stand among the overrides."""
+    return [w for w in words if "=" in w or not sets], sets + [w for w in words if "=" not in w and sets]
 
 
 @app.command()

@@ -17,7 +17,7 @@ from mpd_jax.types import UserError
 def run(settings: RunConfig, against: Sequence[str], out: str, share: float, size: int) -> dict[str, Any]:
     """Writes the index of `problems.train` for `problems.kept`; returns what it says of itself.
 
-    against: sets as `build.read_set` takes them; problems.heldout if there are none. share: of an evaluation question,
+    against: sets as problems.heldout takes them, which is the one if there are none. share: of an evaluation question,
     from which on a training question is left out. size: tokens of a shingle.
     """
     for name, value, allowed in (("share", share, 0 < share <= 1), ("size", size, size >= 1)):
@@ -25,13 +25,10 @@ def run(settings: RunConfig, against: Sequence[str], out: str, share: float, siz
             raise UserError(
                 f"--{name}: {value} is not allowed; it must be {'in (0, 1]' if name == 'share' else '1 or more'}"
             )
-    screen, config = Screen(), dataclasses.replace(settings.problems, kept=None)
-    names = list(against) or [config.heldout]
+    screen, config = Screen(), dataclasses.replace(settings.problems, kept=None, lengths=None)
     sets = {
-        name: build.read_set(name, config.directory, screen.say)
-        if against
-        else build.read_problems(config, "heldout", screen.say)
-        for name in names
+        name: build.read_problems(dataclasses.replace(config, heldout=name), "heldout", screen.say)
+        for name in against or [config.heldout]
     }
     index, training = Index(sets, size), build.read_problems(config, "train", screen.say)
     stay, left = set(), {}

@@ -51,6 +51,8 @@ FREE = (
     "guards",
     "eval",
     "mesh",
+    "problems.directory",
+    "problems.tfds",
     "sampling.slots",
     "sampling.prompt_tokens",
     "sampling.prefill_chunk",

@@ -1,4 +1,4 @@
-"""What is done with a trained run or any other model: evaluate it, sample from it, export it, show what it reads."""
+"""What is done with a trained run or any other model: sample from it, export it, show what it reads."""
 
 import dataclasses
 import json
@@ -13,14 +13,12 @@ from rich.console import Console
 from mpd_jax import build, config, files, trees
 from mpd_jax.beside import Stream, show
 from mpd_jax.config import RunConfig
-from mpd_jax.eval import evaluate as evaluation
-from mpd_jax.eval import tables
 from mpd_jax.files import AnyPath
 from mpd_jax.models.hf_weights import export as export_weights
 from mpd_jax.models.peft import export_adapter
 from mpd_jax.recipe.write import DatasetWriter
 from mpd_jax.roles import assign_roles, make_sampler, open_model
-from mpd_jax.run import BASE, CONCISE, TRAINED
+from mpd_jax.run import TRAINED
 from mpd_jax.sampling.jax_sampler import JaxSampler
 from mpd_jax.sampling.sampler import Request, SamplingConfig, request_key
 from mpd_jax.screen import Screen
@@ -30,77 +28,8 @@ from mpd_jax.types import Problem, UserError
 DRAFT = "[the draft stands here]"  # of a problem without a worked response
 
 
-def evaluate(
-    source: str,
-    config_path: str | None,
-    overrides: Sequence[str],
-    regrade: str | None,
-    out: Path | None,
-    which: Which | None = None,
-) -> None:
-    """`mpd-jax eval`: a run's student before and after, or another model, or stored samples under another grader.
-
-    A weight tree of None stands for the one before it: it is loaded already.
-    """
-    run_dir = files.path(source)
-    is_run = files.is_file(run_dir / "config.yaml")
-    if regrade and not is_run:
-        raise UserError(f"--regrade: {source} is no run directory (it holds no config.yaml), so it stores no samples")
-    if regrade and which is not None:
-        raise UserError("--regrade: it grades every stored sample of the run; leave --step and --best out")
-    if regrade:
-        _regrade(run_dir, regrade)
-        return
-    if out is not None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out: {out} cannot be made ({error.strerror}); choose another directory") from None
-    if is_run:
-        settings = config.load(config_path or run_dir / "config.yaml", overrides)
-        restored = build.restored_student(config.load(run_dir / "config.yaml"), run_dir, which)
-        model, mesh = restored.files, restored.mesh
-        asked = [(BASE, restored.before(), "plain"), (CONCISE, None, "concise")]
-        asked.append((f"{TRAINED}, step {restored.step}", restored.after(), "plain"))
-    else:
-        _refuse_choice(source, which)
-        settings = _model_settings(source, config_path, overrides)
-        model = open_model("student", settings.student, settings.recipe.contexts)
-        mesh = build.make_mesh(settings.mesh)
-        asked = [(source, model.weights(mesh), "plain"), (f"{source}, {CONCISE}", None, "concise")]
-    problems = build.read_problems(settings.problems, "heldout")
-    sampler = make_sampler(model, settings, mesh, settings.sampling.prompt_tokens, settings.eval.max_tokens)
-    screen, rows = Screen(), []
-    for label, weights, context in asked:
-        if weights is not None:
-            sampler.load(weights, 0)
-        if context == "concise" and not settings.eval.concise_row:
-            continue
-        with screen.bar(f"evaluating {label}", evaluation.count(problems, settings.eval)) as advance:
-            rows += evaluation.evaluate(
-                label,
-                sampler,
-                model.chat,
-                problems,
-                settings.eval,
-                seed=settings.run.seed,
-                context=context,
-                out_path=out / f"{label.replace('/', '_')}.jsonl" if out else None,
-                progress=advance,
-            )
-    Console().print(tables.table(rows))
-
-
-def _regrade(run_dir: AnyPath, grader: str) -> None:
-    stored = sorted((run_dir / "evaluations").glob("*.jsonl"))
-    if not stored:
-        raise UserError(f"--regrade: {run_dir}/evaluations holds no samples; run `mpd-jax eval {run_dir}` first")
-    out = run_dir / "evaluations" / f"regraded_{grader}"
-    rows = [row for path in stored for row in evaluation.regrade(path, grader, out / path.name)]
-    Console().print(tables.table(rows))
-
-
-def _refuse_choice(source: str, which: Which | None) -> None:
+def refuse_choice(source: str, which: Which | None) -> None:
+    """UserError where a checkpoint was asked for of what is no run."""
     if which is not None:
         raise UserError(
             f"{'--best' if which == 'best' else '--step'}: {source} is no run directory (it holds no config.yaml), so "
@@ -108,7 +37,7 @@ def _refuse_choice(source: str, which: Which | None) -> None:
         )
 
 
-def _model_settings(source: str, config_path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
+def model_settings(source: str, config_path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Settings for a model that belongs to no run: those of a config, or the defaults."""
     if config_path:
         tree, of_the_run = trees.read_yaml(config_path), dict.fromkeys(("revision", "lora", "adapter"))
@@ -175,8 +104,8 @@ class _Answerer:
             self.files, mesh = restored.files, restored.mesh
             weights = {"untrained": restored.before, f"{TRAINED}, step {restored.step}": restored.after}
         else:
-            _refuse_choice(source, which)
-            settings = _model_settings(source, None)
+            refuse_choice(source, which)
+            settings = model_settings(source, None)
             self.files = open_model("student", settings.student, settings.recipe.contexts)
             mesh = build.make_mesh(settings.mesh)
             weights = {"": lambda: self.files.weights(mesh)}
@@ -260,10 +189,10 @@ def export(
 
 
 def _export_model(source: str, out: Path, dtype: str, adapter: bool, which: Which | None, untie: bool) -> None:
-    _refuse_choice(source, which)
+    refuse_choice(source, which)
     if adapter:
         raise UserError(f"--adapter: {source} is no run directory (it holds no config.yaml); leave it out")
-    settings = _model_settings(source, None)
+    settings = model_settings(source, None)
     model = open_model("student", settings.student, settings.recipe.contexts)
     weights = model.weights(build.make_mesh(settings.mesh))
     export_weights(out, model.directory, model.model, weights, dtype=dtype, untie=untie)

@@ -8,12 +8,13 @@ import itertools
 import os
 import threading
 import time
-from importlib import util
+from importlib import import_module, util
 
 import pytest
 from google.cloud import storage
 
 from mpd_jax import config, files, hosts, lock
+from mpd_jax.data.problems import read_file
 from mpd_jax.files import Lines, read, write_atomically, written_here
 from mpd_jax.lock import locked
 from mpd_jax.run import recorded_cost, refuse_another_run
@@ -368,3 +369,21 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(run_dir, o
     again.wait()
     assert opened(run_dir, keep=3).restore(abstract(state)).step == 4
     assert names(saved.directory) == ["3", "4", "damaged-4"]
+
+
+def test_problems_are_read_from_a_bucket_a_file_or_a_directory_and_told_by_place():
+    there = files.path("gs://bucket/sets")
+    (there / "a.jsonl").write_text('{"question": "1?"}\n')
+    (there / "b.jsonl").write_text('{"question": "2?"}\n{"question": 3?}\n')
+    assert [p.id for p in read_file("gs://bucket/sets/a.jsonl")] == ["a:1"]
+    with pytest.raises(UserError, match=r"gs://bucket/sets/b\.jsonl, line 2, character 15: not JSON"):
+        read_file("gs://bucket/sets")
+    (there / "b.jsonl").write_text('{"question": "2?"}\n')
+    assert [(p.id, p.question) for p in read_file("gs://bucket/sets")] == [("sets:1", "1?"), ("sets:2", "2?")]
+    with pytest.raises(UserError, match=r"problems: gs://bucket/none\.jsonl: no such file"):
+        read_file("gs://bucket/none.jsonl")
+    if util.find_spec("pyarrow"):
+        arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+        with (there / "c.parquet").open("wb") as file:
+            parquet.write_table(arrow.Table.from_pylist([{"question": "1?"}]), file)
+        assert [p.id for p in read_file("gs://bucket/sets/c.parquet")] == ["c:1"]

@@ -65,6 +65,8 @@ def test_what_the_index_found_is_left_out_of_training_alone_and_told(tmp_path):
     train = write(tmp_path / "train.jsonl", ["What is 7*8?", f"{ASKED} Explain.", "What is 9*9?"])
     heldout, index = write(tmp_path / "held.jsonl", ["Name a prime.", ASKED]), str(tmp_path / "kept.jsonl")
     settings = config.load(QUICKSTART, [f"problems.train={train}", f"problems.heldout={heldout}"])
+    other = write(tmp_path / "other.jsonl", ["Which colour is the sky?"])
+    assert dedup.run(settings, [other], index, share=0.6, size=5)["left out"] == {}
     summary = dedup.run(settings, [], index, share=0.6, size=5)
     assert summary["problems"] == 3 and summary["questions kept"] == 2 and summary["left out"] == {heldout: 1}
     line = json.loads(Path(index).read_text().splitlines()[1])

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mpd_jax.data.chat import Parts
-from mpd_jax.eval.evaluate import Blocks, EvalConfig, count, evaluate, read_rows, regrade
+from mpd_jax.eval.evaluate import Blocks, EvalConfig, count, evaluate, graded, read_rows, regrade
 from mpd_jax.eval.figures import paired_difference, paired_p, parts, row_of, rows_of, truncation_row, under_budgets
-from mpd_jax.eval.grade import VERSION
+from mpd_jax.eval.grade import VERSION, GraderPool
 from mpd_jax.eval.samples import Sample, growing, read_samples, write_samples
 from mpd_jax.eval.tables import against, attempts, budgets, by_part, formats, lengths, table
 from mpd_jax.sampling.sampler import Response
@@ -72,6 +72,11 @@ def right_or_wrong(prompt, key):
 def run(text=right_or_wrong, config=CONFIG, name="base", problems=PROBLEMS, **options):
     sampler = ScriptedSampler(text)
     return evaluate(name, sampler, CharacterChat(), problems, config, **{"seed": 3, **options}), sampler
+
+
+def going_on(config=CONFIG, problems=PROBLEMS, text=right_or_wrong, **options):
+    sampler = ScriptedSampler(text)
+    return rows_of(graded("base", sampler, CharacterChat(), problems, config, seed=3, **options)), sampler
 
 
 def sample(problem_id="p", tokens=10.0, correct=True, attempt=0, ended="stopped", **more):
@@ -181,7 +186,7 @@ def test_the_sample_file_gives_the_same_rows_again_and_under_the_same_grader_too
     strange = "\u2028 \u0085 \n \r \x1c é \U0001f600 "
     rows, _ = run(lambda p, k: strange + right_or_wrong(p, k), out_path=tmp_path / "s.jsonl")
     assert read_rows(tmp_path / "s.jsonl") == rows
-    assert regrade(tmp_path / "s.jsonl", "rules", tmp_path / "t.jsonl") == rows
+    assert regrade(tmp_path / "s.jsonl", GraderPool("rules"), tmp_path / "t.jsonl") == rows
     assert (tmp_path / "s.jsonl").read_bytes() == (tmp_path / "t.jsonl").read_bytes()
     samples = read_samples(tmp_path / "s.jsonl")
     assert len(samples) == 24 and samples[0].text.startswith(strange)
@@ -192,7 +197,7 @@ def test_regrading_grades_the_stored_answers_afresh(tmp_path):
     samples = [sample(i, correct=False, answer="\\boxed{1.0}", extracted=None, grader="other") for i in range(4)]
     write_samples(tmp_path / "s.jsonl", samples)
     assert read_rows(tmp_path / "s.jsonl")[0].accuracy == 0
-    again = regrade(tmp_path / "s.jsonl", "rules")[0]
+    again = regrade(tmp_path / "s.jsonl", GraderPool("rules"))[0]
     assert (again.accuracy, again.grader, again.share_unparseable) == (1.0, f"rules {VERSION}", 0.0)
 
 
@@ -229,7 +234,7 @@ def test_a_file_of_before_is_read_and_says_nothing_of_marks(tmp_path):
     (tmp_path / "s.jsonl").write_text(json.dumps(old) + "\n")
     (found,) = read_rows(tmp_path / "s.jsonl")
     assert found.share_boxed is None and found.accuracy_answer_line is None and found.top_p is None
-    assert regrade(tmp_path / "s.jsonl", "rules")[0].share_boxed == 0.0
+    assert regrade(tmp_path / "s.jsonl", GraderPool("rules"))[0].share_boxed == 0.0
 
 
 # Going on after a kill
@@ -253,7 +258,7 @@ def test_an_evaluation_killed_at_any_block_is_finished_with_every_sample_graded_
                 file.add(samples)
 
             try:
-                rows, sampler = run(blocks=Blocks(file.samples, keep, 5))
+                rows, sampler = going_on(blocks=Blocks(file.samples, keep, 5))
             except Killed:
                 continue
             sampled.append(sum(len(requests) for requests, _ in sampler.calls))
@@ -290,9 +295,9 @@ def test_samples_made_with_other_settings_are_not_gone_on_with(tmp_path):
 
 def test_more_attempts_go_on_from_fewer():
     kept = []
-    run(blocks=Blocks(keep=kept.extend))
+    going_on(blocks=Blocks(keep=kept.extend))
     more = dataclasses.replace(CONFIG, attempts=3)
-    rows, sampler = run(config=more, blocks=Blocks(kept))
+    rows, sampler = going_on(more, blocks=Blocks(kept))
     assert rows == run(config=more)[0] and sum(len(requests) for requests, _ in sampler.calls) == 8
 
 
@@ -301,7 +306,9 @@ def test_more_attempts_go_on_from_fewer():
 
 def test_a_prompt_without_room_is_counted_as_wrong_and_shown_and_not_asked():
     problems = [*PROBLEMS[:3], Problem("long", "what is " + "9" * 40 + "?", "9" * 40)]
-    rows, sampler = run(lambda prompt, key: f"m|\\boxed{{{prompt.split()[-1][:-1]}}}", problems=problems, room=40)
+    rows, sampler = going_on(
+        text=lambda prompt, key: f"m|\\boxed{{{prompt.split()[-1][:-1]}}}", problems=problems, room=40
+    )
     assert max(len(r.prompt) for requests, _ in sampler.calls for r in requests) <= 40
     assert (rows[0].n, rows[0].unasked, rows[0].accuracy) == (4, 1, 0.75)
     assert rows[0].mean_tokens == rows[0].tokens_all.mean == 12 and rows[0].share_finished == 0.75

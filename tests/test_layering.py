@@ -48,11 +48,12 @@ LAYERS = [
     {"plan"},
     {"doctor"},
     {"run"},
+    {"use"},
     {
-        "use",
         "offline",
         "dedup",
         "report",
+        "eval.command",
         "eval.instructions",
         "eval.arms",
         "eval.comparison",

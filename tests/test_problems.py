@@ -200,6 +200,18 @@ def test_what_is_left_out_of_training_is_told_and_what_is_held_out_is_whole(tmp_
         of(ProblemsConfig(path, lengths={"question": (50, 60)}))
 
 
+def test_the_parts_of_a_set_share_no_question_and_leave_none_out(tmp_path):
+    rows = [{"question": f"{i // 2}?"} for i in range(400)]  # each is asked twice
+    path = write(tmp_path / "s.jsonl", rows)
+    config = ProblemsConfig("a", "b", sources={"a": Source(path, part=(0, 0.8)), "b": Source(path, part=(0.8, 1))})
+    train, heldout = of(config), of(config, "heldout")
+    refuse_overlap(train, heldout)
+    assert len(train) + len(heldout) == 400 and 280 < len(train) < 360
+    assert f"left out {len(heldout)} of the other part" in train.report[0]
+    with pytest.raises(UserError, match=r"problems\.sources\.a\.part: \[0\.5, 0\.5\] is not allowed"):
+        ProblemsConfig(sources={"a": Source(path, part=(0.5, 0.5))})
+
+
 def test_a_pinned_content_is_checked_whatever_file_it_came_from(tmp_path):
     rows = [{"question": "1+1?", "answer": "2"}]
     content = of(ProblemsConfig(write(tmp_path / "a.jsonl", rows))).parts[0].content

@@ -40,6 +40,8 @@ class Source:
     columns:  which column holds a field of a problem (see ProblemsConfig).
     repeats:  drop leaves out what asks the same as a row before it; keep is for sets with several solutions a question.
     content:  what the content hash has to be, as the run says it when it has read the set.
+    part:     [from, to] of 0 to 1: those problems whose questions' hashes fall there. What is asked twice is in one
+              part: [0, 0.8] to train on and [0.8, 1] to hold out share no question.
     weight:   its share of a step, against the others of a list.
     """
 
@@ -50,6 +52,7 @@ class Source:
     columns: Mapping[str, str] | None = None
     repeats: Literal["keep", "drop"] | None = None
     content: str | None = None
+    part: tuple[float, float] = (0.0, 1.0)
     weight: float = 1.0
 
 
@@ -132,6 +135,8 @@ def _check(source: Source, key: str) -> None:
     ):
         if getattr(source, name) is not None and not allowed:
             raise UserError(f"{key}.{name}: {getattr(source, name)!r} is for {where}, and not for {source.read}")
+    if not 0 <= source.part[0] < source.part[1] <= 1:
+        raise UserError(f"{key}.part: {list(source.part)} is not allowed; give [from, to] within 0 and 1")
     if not source.weight > 0:
         raise UserError(f"{key}.weight: {source.weight} is not allowed; give more than 0, or leave the source out")
 
@@ -202,21 +207,24 @@ def _refuse_equal_ids(found: Found) -> None:
 
 
 def _leaving_out(config: ProblemsConfig, source: Source, split: Split) -> Callable[[Problem], str | None]:
-    """Says of a problem why it is left out, if it is. Of what is held out nothing is but repetitions, for the results
-    of a benchmark are over all its problems."""
+    """Says of a problem why it is left out, if it is. What is held out has no filters, for the results of a benchmark
+    are over all its problems."""
     lengths = dict(config.lengths or {}) if split == "train" else {}
     kept = Kept.read(config.kept) if config.kept and split == "train" else None
     drops = (source.repeats or (READY[source.read].repeats if source.read in READY else "keep")) == "drop"
-    seen: set[int] = set()
+    first, last = (int(bound * 2**64) for bound in source.part)
+    whole, seen = source.part == (0, 1), set[int]()
 
     def why(problem: Problem) -> str | None:
         for name, (least, most) in lengths.items():
             text = getattr(problem, name)
             if text is not None and not least <= len(text) <= most:
                 return f"with {name} {'under' if len(text) < least else 'over'} the {least} to {most} characters"
-        if not drops and kept is None:
+        if whole and not drops and kept is None:
             return None
         content = content_of(problem.question)
+        if not first <= content < last:
+            return "of the other part"
         if drops:
             if content in seen:
                 return "asking the same as one before"

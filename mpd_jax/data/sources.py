@@ -55,7 +55,7 @@ def listed(address: str) -> list[AnyPath]:
     if files.is_file(path):
         return [path]
     with files.reading(path):
-        found = sorted(p for p in path.glob("**/*") if p.suffix in SUFFIXES) if path.is_dir() else []
+        found = sorted(p for p in path.glob("*") if p.suffix in SUFFIXES) if path.is_dir() else []
     if len({p.suffix for p in found}) > 1:
         raise UserError(f"problems: {path}: files of several kinds ({found[0].name}, {found[-1].name}); name one file")
     return found

@@ -5,6 +5,7 @@ Not here: what is read into it (sources.py, rows.py).
 
 import hashlib
 import heapq
+import operator
 import os
 import tempfile
 import weakref
@@ -19,6 +20,8 @@ from mpd_jax.types import Problem
 
 NONE = 2**32 - 1  # a length that says: there is no such text
 QUESTION = FIELDS.index("question")
+ASKED = slice(QUESTION, FIELDS.index("answer") + 1)  # what is asked, and what the answer is
+TEXTS = operator.attrgetter(*FIELDS)
 
 
 def content_of(question: str) -> int:
@@ -47,17 +50,18 @@ class Problems(Sequence[Problem]):
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the problems are used
         weakref.finalize(self, self._file.close)
         self._offsets, self._lengths, self._contents = array("q", [0]), array("I"), array("Q")
-        self._hash, self._ids = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+        self._hash, self._all = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
 
     def add(self, problem: Problem) -> None:
-        texts = [getattr(problem, field) for field in FIELDS]
-        stored = [b"" if text is None else text.encode() for text in texts]
-        self._lengths.extend([NONE if text is None else len(data) for text, data in zip(texts, stored, strict=True)])
-        self._file.write(b"".join(stored))
-        self._offsets.append(self._offsets[-1] + sum(map(len, stored)))
+        stored = [None if text is None else text.encode() for text in TEXTS(problem)]
+        lengths = array("I", [NONE if data is None else len(data) for data in stored])
+        whole = b"".join(filter(None, stored))
+        self._file.write(whole)
+        self._lengths.extend(lengths)
+        self._offsets.append(self._offsets[-1] + len(whole))
         self._contents.append(content_of(problem.question))
-        self._hash.update(repr((problem.question, problem.answer)).encode())
-        self._ids.update(repr(problem.id).encode())
+        self._hash.update(lengths[ASKED].tobytes() + b"".join(filter(None, stored[ASKED])))
+        self._all.update(lengths.tobytes() + whole)
 
     def end_part(self, name: str, weight: float) -> Part:
         """What was added since the last part ended is a part, and can be read."""
@@ -69,8 +73,8 @@ class Problems(Sequence[Problem]):
 
     @property
     def digest(self) -> str:
-        """A hash of all parts and ids."""
-        return repr((self.parts, self._ids.hexdigest()))
+        """A hash of the parts and of all that the problems hold."""
+        return repr((self.parts, self._all.hexdigest()))
 
     @property
     def contents(self) -> np.ndarray:

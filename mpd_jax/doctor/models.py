@@ -31,15 +31,17 @@ def problems(config: RunConfig, roles: Roles, mesh: Mesh) -> Row:
     """What `build` asks of the problems, and of the lengths that they are to have."""
 
     def see() -> str:
-        training, heldout = (build.read_problems(config.problems, split) for split in ("train", "heldout"))
+        said: list[str] = []
+        training, heldout = (build.read_problems(config.problems, split, said.append) for split in ("train", "heldout"))
         build.refuse_overlap(training, heldout)
         build.require_what_is_read(config.recipe, training)
         build.check_sizes(config, roles, mesh, training, heldout[: config.eval.problems])
         windows = ", ".join(f"{f.key} {f.model.config.max_position_embeddings:,}" for f in named(roles))
-        return (
+        seen = (
             f"{len(training):,} to train on, {len(heldout):,} held out; train.max_length {config.train.max_length:,}, "
             f"prompts of at most {config.sampling.prompt_tokens:,} tokens; windows: {windows}"
         )
+        return "; ".join([seen, *(line for line in said if "left out" in line)])
 
     return check("problems and lengths", see)
 

@@ -21,6 +21,7 @@ from mpd_jax.eval.figures import EvalRow, truncation_row
 from mpd_jax.eval.instructions import UNREAD, Readings
 from mpd_jax.eval.intervals import Compared
 from mpd_jax.eval.statistics import Interval
+from mpd_jax.eval.tables import sampled_how
 
 VANILLA = "vanilla"
 WIDTH, MORE_WIDTH = 118, 22  # columns of the table on a screen
@@ -238,11 +239,12 @@ def said(results: Sequence[Result]) -> str:
     seeds = len({r.arm.seed for r in results})
     apart = unlike([r.arm for r in results])
     return (
-        f"{row.n} held-out problems x {row.samples_per_problem}, {seeds} seed{'s' * (seeds != 1)}, graded by "
-        f"{row.grader}; 95 % intervals over seeds and problems, differences paired by seed and problem; entropy is the "
-        "student's over the text that each method trained on; seconds and tokens are means a seed, of training alone: "
-        "seconds the mean of the steps that compiled nothing times the number of all, the trainer's tokens those that "
-        "student and target read" + (f". Not trained alike: {apart}" if apart else "")
+        f"{row.n} held-out problems x {row.samples_per_problem}, {sampled_how(row)}, {seeds} "
+        f"seed{'s' * (seeds != 1)}, graded by {row.grader}; 95 % intervals over seeds and problems, "
+        "differences paired by seed and problem; entropy is the student's over the text that each method trained on; "
+        "seconds and tokens are means a seed, of training alone: seconds the mean of the steps that compiled "
+        "nothing times the number of all, the trainer's tokens those that student and target read"
+        + (f". Not trained alike: {apart}" if apart else "")
     )
 
 

@@ -88,18 +88,39 @@ def evaluate(
     *,
     seed: int,
     context: str = "plain",
-    problem_set: str = "",
     out_path: AnyPath | None = None,
     progress: Callable[[int], None] | None = None,
-    room: int | None = None,
-    blocks: Blocks | None = None,
 ) -> list[EvalRow]:
     """One row a temperature, in the config's order. The sampler answers with the weights it has loaded.
 
     Of several processes all sample, and process 0 grades, writes and has the rows.
 
     out_path: JSONL of all samples, written whole at the end. progress: told the responses finished so far, of
-    `count(problems, config)`. room: tokens of the longest prompt that is asked; a longer one is `UNASKED`, and wrong.
+    `count(problems, config)`.
+    """
+    samples = graded(name, sampler, chat, problems, config, seed=seed, context=context, progress=progress)
+    if out_path is not None:
+        write_samples(out_path, samples)
+    return rows_of(samples) if hosts.is_main() else []
+
+
+def graded(
+    name: str,
+    sampler: Sampler,
+    chat: "Chat",
+    problems: Sequence[Problem],
+    config: EvalConfig,
+    *,
+    seed: int,
+    context: str = "plain",
+    problem_set: str = "",
+    progress: Callable[[int], None] | None = None,
+    room: int | None = None,
+    blocks: Blocks | None = None,
+) -> list[Sample]:
+    """The samples of `evaluate`, by temperature, problem and attempt; graded by process 0.
+
+    room: tokens of the longest prompt that is asked; a longer one is `UNASKED`, and wrong.
     """
     problems, blocks = problems[: config.problems], blocks or Blocks()
     _check(problems, problem_set or "problems.heldout")
@@ -114,9 +135,9 @@ def evaluate(
 
         def add(keys: Sequence[Key], responses: Sequence[Response | None]) -> None:
             drawn = [_sample(k, wanted[k], r, chat, about) for k, r in zip(keys, responses, strict=True)]
-            graded = _graded(drawn, pool) if hosts.is_main() else drawn
-            samples.update((s.key, s) for s in graded)
-            blocks.keep(graded)
+            drawn = _graded(drawn, pool) if hosts.is_main() else drawn
+            samples.update((s.key, s) for s in drawn)
+            blocks.keep(drawn)
 
         if long:
             add([*long], [None] * len(long))
@@ -128,10 +149,7 @@ def evaluate(
             requests = [Request(prompts[i], request_key(seed, stream, 0, i, k)) for _, i, k in keys]
             tell = (lambda finished, done=done: progress(done + finished)) if progress else None
             add(keys, sampler.sample(requests, sampling, tell))
-    ordered = [samples[key] for key in wanted]
-    if out_path is not None:
-        write_samples(out_path, ordered)
-    return rows_of(ordered) if hosts.is_main() else []
+    return [samples[key] for key in wanted]
 
 
 def _wanted(problems: Sequence[Problem], config: EvalConfig) -> list[tuple[float, Problem, int]]:
@@ -206,11 +224,9 @@ def read_rows(path: AnyPath) -> list[EvalRow]:
     return rows_of(read_samples(path))
 
 
-def regrade(path: AnyPath, grader: str, out_path: AnyPath | None = None) -> list[EvalRow]:
+def regrade(path: AnyPath, pool: GraderPool, out_path: AnyPath | None = None) -> list[EvalRow]:
     """The rows that another grader makes of a per-sample file; out_path keeps the new grades too."""
-    samples = read_samples(path)
-    with GraderPool(grader) as pool:
-        samples = _graded(samples, pool)
+    samples = _graded(read_samples(path), pool)
     if out_path is not None:
         write_samples(out_path, samples)
     return rows_of(samples)

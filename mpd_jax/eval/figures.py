@@ -95,10 +95,15 @@ def _plain(value: Any) -> Any:
 
 def rows_of(samples: Iterable[Sample]) -> list[EvalRow]:
     """One row for each (problem set, name, context, temperature, grader), in the order of first appearance."""
+    return [row_of(group) for group in groups_of(samples)]
+
+
+def groups_of(samples: Iterable[Sample]) -> list[list[Sample]]:
+    """The samples of each row."""
     groups: dict[tuple, list[Sample]] = {}
     for s in samples:
         groups.setdefault((s.problem_set, s.name, s.context, s.temperature, s.grader), []).append(s)
-    return [row_of(group) for group in groups.values()]
+    return list(groups.values())
 
 
 def row_of(samples: Sequence[Sample]) -> EvalRow:

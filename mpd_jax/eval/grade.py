@@ -7,6 +7,7 @@ never in threads, where math-verify's parsing degrades silently.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -210,14 +211,14 @@ class GraderPool:
 
     name: one of `GRADERS`, or the import path of a user's function (answer text, reference) -> bool, which is given all
     of the text after the thinking span. grader: the name with its version, "+1" being that of our own part; of a user's
-    function the digest of its file. limit_s: processor seconds for one comparison; one that takes longer costs its
-    worker, and counts as not correct.
+    function the digest of its file. workers: one a processor and at most 16, unless given. limit_s: processor
+    seconds for one comparison; one that takes longer costs its worker, and counts as not correct.
     """
 
-    def __init__(self, name: str, workers: int = 2, limit_s: float = 10.0):
+    def __init__(self, name: str, workers: int | None = None, limit_s: float = 10.0):
+        workers = min(16, os.cpu_count() or 1) if workers is None else workers
         if workers < 1 or limit_s <= 0:
             raise UserError(f"grader: workers={workers} and limit_s={limit_s} must both be positive")
-        self.name = name
         self._grader = grader_of(name)
         self.grader = _versioned(name, self._grader.by)
         self._workers = Workers(workers, limit_s, name if self._grader.by == "function" else None)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mpd_jax.eval.figures import EvalRow
+from mpd_jax.eval.tables import sampled_how
 from mpd_jax.files import AnyPath, write_atomically
 
 INK, MUTED, GRID = "#1f2328", "#6e7781", "#e6e8eb"
@@ -49,7 +50,7 @@ def plot_run(
     tokens.set_ylim(bottom=0)
     if tokens.get_legend_handles_labels()[1]:
         tokens.legend(facecolor="white", edgecolor="none", framealpha=0.9, fontsize=9, labelcolor=INK)
-    dress(accuracy, "Accuracy on held-out problems" + (f"  ({_conditions(curve[-1][1])})" if curve else ""))
+    dress(accuracy, "Accuracy on held-out problems" + (f"\n{_conditions(curve[-1][1])}" if curve else ""))
     # Never a narrower window: it would turn sampling noise into hills.
     low, high = accuracy.get_ylim()
     low, high = min(low, (low + high) / 2 - 0.15), max(high, (low + high) / 2 + 0.15)
@@ -74,7 +75,7 @@ def _title(before: EvalRow, after: EvalRow) -> str:
 
 def _conditions(row: EvalRow) -> str:
     how = f"temperature {row.temperature:g}" if row.temperature else "greedy"
-    return f"{how}, {row.n} problems x {row.samples_per_problem}, graded by {row.grader}"
+    return f"{how}, {row.n} problems x {row.samples_per_problem}, {sampled_how(row)}, graded by {row.grader}"
 
 
 def _trend(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str) -> None:

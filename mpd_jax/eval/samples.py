@@ -6,7 +6,7 @@ A file of before lacks the fields that have defaults here; what they would say i
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
@@ -100,13 +100,19 @@ def _parsed(path: AnyPath, data: bytes) -> list[Sample]:
 class Growing:
     """A per-sample file that an evaluation adds to. samples: those that were there, each of them whole."""
 
-    def __init__(self, path: AnyPath, samples: list[Sample], lines: files.Lines):
-        self.path, self.samples, self._lines = path, samples, lines
+    def __init__(self, path: AnyPath, samples: list[Sample], lines: files.Lines, made_with: Mapping[str, Any]):
+        self.samples = samples
+        self._path, self._lines, self._made_with = path, lines, made_with
 
     def add(self, samples: Iterable[Sample]) -> None:
         for sample in samples:
             self._lines.add(_line(sample))
         self._lines.flush()
+
+    def sum_up(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes beside it what its samples come to."""
+        content = {"settings": self._made_with, "rows": rows}
+        write_atomically(self._path.with_suffix(".json"), json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager
@@ -131,7 +137,7 @@ def growing(path: AnyPath, made_with: Mapping[str, Any]) -> Iterator[Growing]:
     if len(whole) < len(data) and isinstance(path, pathlib.Path):  # in a bucket an object is whole
         os.truncate(path, len(whole))
     with closing(files.Lines(path)) as lines:
-        yield Growing(path, samples, lines)
+        yield Growing(path, samples, lines, made_with)
 
 
 def settings_of(path: AnyPath) -> dict[str, Any]:

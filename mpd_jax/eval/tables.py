@@ -19,21 +19,28 @@ def made_how(rows: Sequence[EvalRow]) -> str:
 
 
 def _made_how(row: EvalRow) -> str:
-    how = f"T = {row.temperature:g}" if row.temperature else "greedy"
-    cut = f", top-p {row.top_p:g}, top-k {row.top_k or 'off'}" if row.top_p is not None else ""
     seed = f", seed {row.seed}" if row.seed is not None else ""
     unasked = f", {row.unasked} without room for their prompts, counted as wrong" if row.unasked else ""
     return (
-        f"{row.problem_set or 'held out'}: {row.n} problems x {row.samples_per_problem}{unasked}, {how}{cut}{seed}, at "
-        f"most {row.max_tokens:,} tokens, graded by {row.grader}"
+        f"{row.problem_set or 'held out'}: {row.n} problems x {row.samples_per_problem}{unasked}, "
+        f"{_temperature(row)}, {sampled_how(row)}{seed}, graded by {row.grader}"
     )
+
+
+def sampled_how(row: EvalRow) -> str:
+    """Truncation and budget."""
+    cut = f"top-p {row.top_p:g}, top-k {row.top_k or 'off'}, " if row.top_p is not None else ""
+    return f"{cut}at most {row.max_tokens:,} tokens"
+
+
+def _temperature(row: EvalRow) -> str:
+    return f"T = {row.temperature:g}" if row.temperature else "greedy"
 
 
 def _label(row: EvalRow, rows: Sequence[EvalRow]) -> str:
     """Name, temperature and what else the rows differ in."""
     several = [x for x in ("problem_set", "grader") if len({getattr(r, x) for r in rows}) > 1]
-    how = f"T = {row.temperature:g}" if row.temperature else "greedy"
-    return escape(f"{row.name}\n" + ", ".join([how, *(str(getattr(row, x)) for x in several)]))
+    return escape(f"{row.name}\n" + ", ".join([_temperature(row), *(str(getattr(row, x)) for x in several)]))
 
 
 def _new(title: str, rows: Sequence[EvalRow], columns: Sequence[str]) -> Table:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mpd_jax import files, lock, use
+from mpd_jax.eval import command as eval_command
 from mpd_jax.train.metrics import read_rows
 from tests import bucket
 from tests.e2e.test_hosts import Processes, assert_alike
@@ -63,9 +64,9 @@ def test_a_run_in_a_bucket_is_evaluated_sampled_and_graded_again(capsys):
     """After the test above, of its run."""
     use.sample(ADDRESS, "Leo has 3 pens. Mon: Leo buys 2 more.", 0.0, 8, 0, as_json=True)
     assert json.loads(capsys.readouterr().out)["response_ids"]
-    use.evaluate(ADDRESS, None, [], "rules", None)
+    eval_command.run(ADDRESS, None, [], regrade=["rules"])
     assert list((files.path(ADDRESS) / "evaluations" / "regraded_rules").glob("*.jsonl"))
-    use.evaluate(ADDRESS, None, ["eval.problems=4"], None, None)
+    eval_command.run(ADDRESS, None, ["eval.problems=4"])
     assert "trained, step 4" in capsys.readouterr().out
 
 
