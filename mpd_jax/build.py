@@ -39,6 +39,7 @@ from mpd_jax.sampling.weight_push import WeightPush
 from mpd_jax.scoring import scoring
 from mpd_jax.serving import Secrets, Serving, unproved
 from mpd_jax.sharding import MeshConfig, make_mesh, tree_shardings
+from mpd_jax.train import trackers
 from mpd_jax.train.checkpoint import Checkpoints, Which
 from mpd_jax.train.loop import Parts
 from mpd_jax.train.metrics import Clock, Metrics, PhaseLog, Row
@@ -200,6 +201,7 @@ def build(
     roles: Roles | None = None,
 ) -> tuple[Run, RunState]:
     """Everything a run needs, in the order of the module's list. roles: if they are open already."""
+    trackers.require(config.train.trackers, secrets)
     mesh = make_mesh(config.mesh)
     roles = roles or open_roles(config)
     hosts.check()  # here and below: between steps that take minutes where models are large
@@ -237,10 +239,12 @@ def build(
         base = student.base(mesh)
         hosts.check()
         whole = partial(student.trains.over, base)
-        metrics, clock = Metrics(run_dir, state.step, live), Clock(phases)
+        named = trackers.make(config.train.trackers, run_dir, trees.flat(dataclasses.asdict(config)), secrets)
+        tracking = trackers.Trackers(named if hosts.is_main() else {}, say)
+        metrics, clock = Metrics(run_dir, state.step, live, tracking), Clock(phases)
         stack.callback(metrics.close)
         stack.callback(clock.close)
-        records = Records(run_dir, config.run.seed, settings)
+        records = Records(run_dir, config.run.seed, settings, keep=config.train.keep_trajectories)
 
         def distrust(version: int) -> None:
             """What was sampled with later versions is sampled again."""
@@ -379,6 +383,8 @@ def _fingerprint(config: RunConfig) -> str:
         "train.save_every",
         "train.keep",
         "train.keep_best",
+        "train.keep_trajectories",
+        "train.trackers",
         "train.profile_steps",
         *(["train.steps"] if config.steps_are_free else []),
     )

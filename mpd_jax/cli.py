@@ -289,6 +289,30 @@ def compare(
     raise typer.Exit(1 if any(arm["state"] == "failed" for arm in result["arms"]) else 0)
 
 
+@app.command()
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(help="Run directories; several lie over each other.", show_default=False)
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="The HTML file; without it report.html in the run directory, of several in the current one.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write runs as one HTML file that opens anywhere: before and after, curves, single answers, config, sources.
+
+    A run that is not over, or has damaged files, gives a report of what there is, and of what is missing.
+    """
+    from mpd_jax.report import command
+
+    _refuse("report", _launched())
+    command.run(runs, out)
+
+
 @app.command(hidden=True)
 def instructions(
     config: Config,
@@ -315,7 +339,7 @@ def sample(
     step: Step = None,
     best: Best = False,
 ) -> None:
-    """Type a problem, see the trace stream."""
+    """Type a problem, see the trace stream; of a run the student's before and after training, side by side."""
     from mpd_jax import use
 
     _one("sample")
@@ -355,7 +379,7 @@ def rewrite(
         Path,
         typer.Argument(
             metavar="IN.jsonl",
-            help="Problems with responses, one object a line; or a run's trajectories/step_*.jsonl.",
+            help="Problems with responses, one object a line; or a run's trajectories/step_*.jsonl.gz.",
             show_default=False,
         ),
     ],

@@ -254,6 +254,12 @@ def _check_training(config: RunConfig) -> None:
             f"train.keep_best: {kept} is measured every eval.every = {every} steps, and the run ends with step {steps} "
             "(train.steps), so that there is but one to choose from; lower eval.every, or leave train.keep_best out"
         )
+    cap, needed = config.train.keep_trajectories, config.train.keep * saved + config.recipe.rewrite.max_age
+    if cap is not None and cap < needed:
+        raise UserError(
+            f"train.keep_trajectories: {cap} steps are fewer than a run that is stopped may go back over: at least "
+            f"train.keep * train.save_every + recipe.rewrite.max_age = {needed}; raise it, or leave it out to keep all"
+        )
     if profiled and profiled[0] >= steps:
         raise UserError(
             f"train.profile_steps: {list(profiled)} begins after the last step, {steps - 1} of train.steps = {steps} "

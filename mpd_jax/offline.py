@@ -32,7 +32,7 @@ from mpd_jax.sampling.sampler import Sampler
 from mpd_jax.screen import Screen
 from mpd_jax.serving import Secrets, Serving, unproved
 from mpd_jax.sharding import make_mesh
-from mpd_jax.train.records import from_json
+from mpd_jax.train.records import GZIP, read_trajectories
 from mpd_jax.types import Problem, Trajectory, UserError
 
 ROUNDS = 4  # a block is so many times as many responses as are made side by side; between blocks places stay empty
@@ -117,8 +117,10 @@ def blocks(items: Sequence[Item], settings: RunConfig, roles: Roles) -> Iterator
 def read_items(source: Path, settings: RunConfig, chat: Chat) -> list[Item]:
     """The problems of a file with their responses, or the trajectories of a step of a run. chat is the student's."""
     data = files.read(source) or b""
-    if (head := _json(data.partition(b"\n")[0])) and {"step", "stage", "count"} <= head.keys():
-        return _of_a_run(source, data, head["count"], settings, chat)
+    if data.startswith(GZIP) or (
+        (head := _json(data.partition(b"\n")[0])) and {"step", "stage", "count"} <= head.keys()
+    ):
+        return _of_a_run(source, settings, chat)
     problems = read_file(source, settings.problems.columns)
     for problem in problems:
         if not (problem.response or "").strip():
@@ -130,13 +132,11 @@ def read_items(source: Path, settings: RunConfig, chat: Chat) -> list[Item]:
     return [Item(p.id, p, t, p.response or "") for p, t in zip(problems, originals, strict=True)]
 
 
-def _of_a_run(source: Path, data: bytes, count: int, settings: RunConfig, chat: Chat) -> list[Item]:
+def _of_a_run(source: Path, settings: RunConfig, chat: Chat) -> list[Item]:
     try:
-        trajectories = [from_json(line) for line in data.decode().splitlines()[1:]]
-    except (ValueError, LookupError, TypeError):
-        trajectories = []
-    if len(trajectories) != count:
-        raise UserError(f"{source}: the trajectories of a run, damaged; choose another step")
+        _, trajectories = read_trajectories(source)
+    except ValueError:
+        raise UserError(f"{source}: the trajectories of a run, damaged; choose another step") from None
     problems = {problem.id: problem for problem in build.read_problems(settings.problems, "train")}
     items = []
     for original in (t.original or t for t in trajectories):

@@ -26,6 +26,7 @@ from mpd_jax.config import RunConfig
 from mpd_jax.doctor import command as doctor
 from mpd_jax.eval import evaluate as evaluation
 from mpd_jax.eval import figures, tables
+from mpd_jax.eval.evaluate import EvalConfig
 from mpd_jax.eval.figures import EvalRow
 from mpd_jax.eval.plot import plot_run
 from mpd_jax.files import AnyPath, write_atomically
@@ -38,7 +39,9 @@ from mpd_jax.train import loop
 from mpd_jax.train.checkpoint import Checkpoints
 from mpd_jax.train.metrics import read_rows
 from mpd_jax.train.state import RunState
-from mpd_jax.types import UserError
+from mpd_jax.types import Problem, UserError
+
+MOST_EXAMPLES = 64
 
 # What may change between two starts of one run: how it is carried out, what is measured, and what has to change for a
 # run that failed to go on. Everything else would make it another run.
@@ -78,8 +81,11 @@ FREE = (
     "train.save_every",
     "train.keep",
     "train.keep_best",
+    "train.keep_trajectories",
+    "train.trackers",
 )
 BASE, CONCISE, TRAINED = "base", "prompt-only concise", "trained"
+EXAMPLES = "training problems"  # the trained student on problems of the first steps, beside what was trained on
 
 
 def train(settings: RunConfig, secrets: Secrets = lambda name: None) -> AnyPath:
@@ -115,6 +121,7 @@ def train(settings: RunConfig, secrets: Secrets = lambda name: None) -> AnyPath:
             else:
                 screen.say(f"all {steps} steps are done; raise train.steps to go on")
             measured = [*before, *judged.trained(state)]
+            judged.examples(state)
 
         rows: list[EvalRow] = []
 
@@ -217,6 +224,25 @@ class Judged:
         self.run.parts.checkpoints.note(state.step, figures, self._settings())
         return rows
 
+    def examples(self, state: RunState) -> None:
+        """The trained student on some problems that were trained on: beside the original and the rewrite of the first
+        steps they show what it learnt. Once each, at the first temperature; those without an answer are left out."""
+        run, at, found = self.run, self.run.parts.problems.at, dict[str, Problem]()
+        wanted = min(run.config.eval.problems, MOST_EXAMPLES)
+        for step in range(state.step):
+            found |= {problem.id: problem for problem in at(step) if (problem.answer or "").strip()}
+            if len(found) >= wanted:
+                break
+        name = f"{EXAMPLES}, step {state.step}"
+        if not found or self._stored(name):
+            return
+        once = dataclasses.replace(
+            run.config.eval, problems=wanted, attempts=1, temperatures=run.config.eval.temperatures[:1]
+        )
+        if run.student_sampler.version != state.step:
+            run.load_student(state.weights, state.step)
+        self._evaluate(name, "plain", list(found.values()), once)
+
     def forget_after(self, step: int) -> None:
         """Removes what was measured of later steps: a resumed run may come to other weights there."""
         for path in list(self._path("").parent.glob("*.json*")) if hosts.is_main() else ():
@@ -251,18 +277,21 @@ class Judged:
     def _head(self, name: str) -> dict[str, Any]:
         return _evaluation_head(self.run.parts.run_dir, name)
 
-    def _evaluate(self, name: str, context: str) -> list[EvalRow]:
+    def _evaluate(
+        self, name: str, context: str, problems: Sequence[Problem] | None = None, how: EvalConfig | None = None
+    ) -> list[EvalRow]:
         path, run = self._path(name), self.run
+        problems, how = run.heldout if problems is None else problems, how or run.config.eval
         if self._stored(name):
             return evaluation.read_rows(path) if hosts.is_main() else []
         began = time.perf_counter()
-        with self.screen.bar(f"evaluating {name}", evaluation.count(run.heldout, run.config.eval)) as advance:
+        with self.screen.bar(f"evaluating {name}", evaluation.count(problems, how)) as advance:
             rows = evaluation.evaluate(
                 name,
                 run.student_sampler,
                 run.student.chat,
-                run.heldout,
-                run.config.eval,
+                problems,
+                how,
                 seed=run.config.run.seed,
                 context=context,
                 out_path=path,

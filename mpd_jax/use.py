@@ -6,14 +6,20 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from mpd_jax import build, config, files, trees
+from mpd_jax.beside import Stream, show
 from mpd_jax.config import RunConfig
 from mpd_jax.files import AnyPath
 from mpd_jax.models.hf_weights import export as export_weights
 from mpd_jax.models.peft import export_adapter
 from mpd_jax.recipe.write import DatasetWriter
 from mpd_jax.roles import assign_roles, make_sampler, open_model
+from mpd_jax.run import TRAINED
+from mpd_jax.sampling.jax_sampler import JaxSampler
 from mpd_jax.sampling.sampler import Request, SamplingConfig, request_key
 from mpd_jax.screen import Screen
 from mpd_jax.train.checkpoint import Which
@@ -61,7 +67,7 @@ def sample(
     as_json: bool,
     which: Which | None = None,
 ) -> None:
-    """`mpd-jax sample`: one problem given, or problems typed one by one."""
+    """`mpd-jax sample`: one problem given, or problems typed one by one; a run answers before and after training."""
     if as_json and prompt is None:
         raise UserError("--json: needs --prompt; without it problems are typed one by one")
     sampling = SamplingConfig(temperature=temperature, max_tokens=max_tokens)
@@ -85,67 +91,71 @@ def _typed() -> str:
 
 
 class _Answerer:
-    """A model on the devices, ready for prompts of up to 512 tokens."""
+    """A model on the devices, ready for prompts of up to 512 tokens; of a run the student before and after training.
+
+    Both draw alike, so that what differs is what was learnt.
+    """
 
     def __init__(self, source: str, sampling: SamplingConfig, which: Which | None):
         run_dir = files.path(source)
         if files.is_file(run_dir / "config.yaml"):
             settings = config.load(run_dir / "config.yaml")
             restored = build.restored_student(settings, run_dir, which)
-            self.files, mesh, weights = restored.files, restored.mesh, restored.after()
+            self.files, mesh = restored.files, restored.mesh
+            weights = {"untrained": restored.before, f"{TRAINED}, step {restored.step}": restored.after}
         else:
             refuse_choice(source, which)
             settings = model_settings(source, None)
             self.files = open_model("student", settings.student, settings.recipe.contexts)
             mesh = build.make_mesh(settings.mesh)
-            weights = self.files.weights(mesh)
+            weights = {"": lambda: self.files.weights(mesh)}
         window = self.files.model.config.max_position_embeddings
         if sampling.max_tokens >= window:
             raise UserError(f"--max-tokens: {sampling.max_tokens} does not fit the model's window of {window} tokens")
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         one = dataclasses.replace(settings.sampling, slots=rows, prefill_rows=1)
         settings = dataclasses.replace(settings, sampling=one)
-        length = min(512, window - sampling.max_tokens)
+        self.length = min(512, window - sampling.max_tokens)
         self.sampling = sampling
-        self.sampler = make_sampler(self.files, settings, mesh, length, sampling.max_tokens)
-        self.sampler.load(weights, 0)
+        self.samplers: dict[str, JaxSampler] = {}
+        for label, load in weights.items():
+            self.samplers[label] = make_sampler(self.files, settings, mesh, self.length, sampling.max_tokens)
+            self.samplers[label].load(load(), 0)
 
     def answer(self, question: str, seed: int, as_json: bool) -> None:
         chat = self.files.chat
         if re.search("[\ud800-\udfff]", question):
             raise UserError("--prompt: it is not UTF-8; type it again")
         prompt = chat.prompt("plain", Problem("typed", question))
-        if len(prompt) > self.sampler.prompt_length:
+        if len(prompt) > self.length:
             raise UserError(
-                f"--prompt: {len(prompt)} tokens, and there is room for {self.sampler.prompt_length} beside "
+                f"--prompt: {len(prompt)} tokens, and there is room for {self.length} beside "
                 f"--max-tokens {self.sampling.max_tokens}; shorten it, or lower --max-tokens"
             )
         request = Request(prompt, request_key(seed, "sample", 0, question, 0))
         if as_json:
-            response = self.sampler.sample([request], self.sampling)[0]
-            print(
-                json.dumps(
-                    {
-                        "prompt_ids": list(prompt),
-                        "response_ids": list(response.ids),
-                        "logprobs": list(response.logprobs),
-                        "text": chat.decode(response.ids),
-                        "finish_reason": "stop" if response.ended == "stopped" else "length",
-                    },
-                    allow_nan=False,
-                )
-            )
+            print(json.dumps(self._told(request), allow_nan=False))
             return
-        ids: list[int] = []
-        shown = ""
-        for token in self.sampler.stream(request, self.sampling):
-            ids.append(token)
-            text = chat.decode(ids)
-            # A character may be spread over tokens; until it is whole it decodes to a replacement character.
-            if text.startswith(shown) and not text.endswith("\ufffd"):
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-        print(f"\n[{len(ids)} tokens]", flush=True)
+        streams = [
+            Stream(label, sampler.stream(request, self.sampling), chat.decode)
+            for label, sampler in self.samplers.items()
+        ]
+        show(streams, Console(highlight=False))
+
+    def _told(self, request: Request) -> dict[str, Any]:
+        """The last model's answer; of a run, that is the trained student's, the untrained one's under `before`."""
+        *before, answer = (
+            {
+                "response_ids": list(response.ids),
+                "logprobs": list(response.logprobs),
+                "text": self.files.chat.decode(response.ids),
+                "finish_reason": "stop" if response.ended == "stopped" else "length",
+                "tokens": len(response.ids),
+            }
+            for sampler in self.samplers.values()
+            for response in sampler.sample([request], self.sampling)
+        )
+        return {"prompt_ids": list(request.prompt), **answer} | ({"before": before[0]} if before else {})
 
 
 def export(

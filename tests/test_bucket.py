@@ -264,7 +264,7 @@ def test_records_read_back_and_those_of_later_steps_are_forgotten(run_dir):
         records.save(step, whole)
     assert Records(run_dir, seed=7).load(3, PROBLEMS) == whole
     records.forget_after(3)
-    assert names(records.directory) == ["step_000003.jsonl"]
+    assert names(records.directory) == ["step_000003.jsonl.gz"]
     write_atomically(records.path(3), (read(records.path(3)) or b"")[:-10])
     assert records.load(3, PROBLEMS) is None
 

@@ -1,7 +1,6 @@
 """Guards: when a run leaves a band, and that what follows is the same whenever the run is killed."""
 
 import itertools
-import json
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from mpd_jax.train.checkpoint import Checkpoints
 from mpd_jax.train.guards import Action, Band, GuardsConfig, GuardStop, answer, excursion, suspect, tripped
 from mpd_jax.train.loop import _Run, train
 from mpd_jax.train.metrics import Metrics, read_rows
-from mpd_jax.train.records import Records
+from mpd_jax.train.records import Records, read_trajectories
 from mpd_jax.train.state import NEW_MEMORY, RunState, Trained, abstract
 from mpd_jax.types import UserError
 from tests.test_loop import SEED, Killed, open_run, rows_without_times, to_batch
@@ -255,14 +254,12 @@ def test_of_two_bands_that_trip_at_once_the_stricter_decides_and_every_warning_i
 
 def test_no_step_is_sampled_again_with_the_same_draws(straight, undecided):
     for step in (2, 3):
-        name = f"trajectories/step_{step:06d}.jsonl"
-        old, new = ((where / name).read_text().splitlines()[1:] for where in (undecided, straight[4]))
-        assert not {json.dumps(json.loads(x)["response"]) for x in old} & {
-            json.dumps(json.loads(x)["response"]) for x in new
-        }
+        name = f"trajectories/step_{step:06d}.jsonl.gz"
+        old, new = (read_trajectories(where / name)[1] for where in (undecided, straight[4]))
+        assert not {t.response for t in old} & {t.response for t in new}
     for step in (0, 1):
-        name = f"trajectories/step_{step:06d}.jsonl"
-        assert (undecided / name).read_text() == (straight[4] / name).read_text()
+        name = f"trajectories/step_{step:06d}.jsonl.gz"
+        assert (undecided / name).read_bytes() == (straight[4] / name).read_bytes()
 
 
 @pytest.fixture(scope="module")

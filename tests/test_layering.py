@@ -32,12 +32,13 @@ LAYERS = [
         "train.metrics",
         "train.records",
         "train.making",
+        "train.trackers",
         "train.ahead",
     },
     {"eval.statistics", "eval.samples", "eval.figures", "eval.tables", "eval.evaluate", "eval.intervals", "eval.plot"}
     | {"train.loop", "train.guards", "train.curriculum"},
     {"config"},
-    {"screen"},
+    {"screen", "beside"},
     {"roles"},
     {"samplers", "serving"},
     {"rollouts"},
@@ -51,6 +52,7 @@ LAYERS = [
     {
         "offline",
         "dedup",
+        "report",
         "eval.command",
         "eval.instructions",
         "eval.arms",

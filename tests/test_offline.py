@@ -180,11 +180,11 @@ def test_trajectories_of_a_run_are_rewritten_and_know_the_step_that_wrote_them(t
     with pytest.raises(UserError, match=r"problem 'p0' of a run with .*another wording"):
         offline.rewrite(records.path(6), tmp_path / "other.jsonl", replace(kept, recipe=asked_otherwise))
     train.write_text(train.read_text().splitlines()[1])
-    with pytest.raises(UserError, match=r"step_000006.jsonl: problem 'p0' of a run with other problems"):
+    with pytest.raises(UserError, match=r"step_000006.jsonl.gz: problem 'p0' of a run with other problems"):
         offline.rewrite(records.path(6), tmp_path / "other.jsonl", kept)
     train.write_text("".join(texts))
     records.path(6).write_bytes(records.path(6).read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"step_000006.jsonl: the trajectories of a run, damaged"):
+    with pytest.raises(UserError, match=r"step_000006.jsonl.gz: the trajectories of a run, damaged"):
         offline.rewrite(records.path(6), tmp_path / "other.jsonl", kept)
 
 

@@ -1,5 +1,6 @@
 """Trajectories on disk read back as the same values, whole or not at all."""
 
+import gzip
 import math
 import os
 from dataclasses import replace
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpd_jax.files import write_atomically
-from mpd_jax.train.records import Records, from_json, to_json
+from mpd_jax.train.records import FIRST, Records, from_json, read_trajectories, to_json
 from mpd_jax.types import Problem, Trajectory, UserError
 
 PROBLEMS = [Problem("a", "?"), Problem("b ", "?")]
@@ -45,7 +46,8 @@ def test_records_read_back_in_order_and_unasked_steps_are_absent(tmp_path):
     records.save(12, saved)
     assert records.load(12, PROBLEMS) == saved
     assert records.load(13, PROBLEMS) is None
-    assert records.path(12).name == "step_000012.jsonl"
+    assert records.path(12).name == "step_000012.jsonl.gz"
+    assert read_trajectories(records.path(12))[1] == saved
 
 
 def test_what_was_written_stays_until_its_rewrite_is_there(tmp_path):
@@ -55,16 +57,75 @@ def test_what_was_written_stays_until_its_rewrite_is_there(tmp_path):
     assert records.load(3, PROBLEMS, stage="written") == [trajectory()]
     records.save(3, [trajectory()])
     assert records.load(3, PROBLEMS, stage="written") is None
-    assert os.listdir(records.directory) == ["step_000003.jsonl"]
+    assert os.listdir(records.directory) == ["step_000003.jsonl.gz"]
 
 
 @pytest.mark.parametrize("left", [10, -10, "line"])
 def test_trajectories_of_which_a_part_is_lost_are_made_again(tmp_path, left):
     records = Records(tmp_path, seed=7)
     records.save(0, [trajectory(), trajectory("b ")])
-    text = records.path(0).read_text()
-    records.path(0).write_text("".join(text.splitlines(keepends=True)[:-1]) if left == "line" else text[:left])
+    data = records.path(0).read_bytes()
+    lines = gzip.decompress(data).splitlines(keepends=True)
+    records.path(0).write_bytes(gzip.compress(b"".join(lines[:-1])) if left == "line" else data[:left])
     assert records.load(0, PROBLEMS) is None
+    with pytest.raises(ValueError, match="damaged"):
+        read_trajectories(records.path(0))
+
+
+def test_a_damaged_byte_anywhere_is_seen_or_changes_nothing(tmp_path):
+    records = Records(tmp_path, seed=7)
+    records.save(0, [trajectory()])
+    data, found = records.path(0).read_bytes(), []
+    for at in range(10, len(data)):
+        records.path(0).write_bytes(data[:at] + bytes([data[at] ^ 64]) + data[at + 1 :])
+        found.append(records.load(0, PROBLEMS))
+    assert [each for each in found if each is not None] in (
+        [],
+        [[trajectory()]],
+    )  # the last bits of a stream fill a byte
+
+
+def uncompressed(records, step, stage="final"):
+    """As an earlier version left it."""
+    path = records.path(step, stage)
+    path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+    path.unlink()
+
+
+def test_what_earlier_versions_left_is_read_used_again_and_forgotten(tmp_path):
+    records = Records(tmp_path, seed=7)
+    for step in (1, 2):
+        records.save(step, [trajectory()])
+        uncompressed(records, step)
+    records.save(3, [trajectory()], stage="written")
+    uncompressed(records, 3, "written")
+    assert records.load(1, PROBLEMS) == records.latest(2, PROBLEMS, 1) == [trajectory()]
+    assert records.load(3, PROBLEMS, stage="written") == [trajectory()]
+    records.save(3, [trajectory()])
+    assert sorted(os.listdir(records.directory)) == [
+        "step_000001.jsonl",
+        "step_000002.jsonl",
+        "step_000003.jsonl.gz",
+    ]
+    records.forget_after(1)
+    assert os.listdir(records.directory) == ["step_000001.jsonl"]
+
+
+def test_the_same_trajectories_are_the_same_bytes_and_few(tmp_path):
+    whole = replace(trajectory(), response=tuple(range(1000)), logprobs=(-0.5,) * 1000)
+    for name in ("a", "b"):
+        Records(tmp_path / name, seed=7).save(0, [whole] * 20)
+    a, b = (Records(tmp_path / name, seed=7).path(0).read_bytes() for name in ("a", "b"))
+    assert a == b and a[4:8] == bytes(4)  # no time
+    assert len(a) < len(gzip.decompress(a)) / 10
+
+
+def test_of_so_many_steps_they_stay_and_of_the_first(tmp_path):
+    records = Records(tmp_path, seed=7, keep=3)
+    for step in range(14):
+        records.save(step, [trajectory()])
+    kept = sorted(int(name[5:11]) for name in os.listdir(records.directory))
+    assert kept == [*range(FIRST), 11, 12, 13]
 
 
 def test_trajectories_of_another_run_are_refused_and_of_other_settings_made_again(tmp_path):
@@ -83,8 +144,8 @@ def test_trajectories_from_before_a_rollback_are_made_again_and_earlier_versions
         assert records.load(0, PROBLEMS, stage=stage) is None
         assert records.load(0, PROBLEMS, stage=stage, rollbacks=1) == [trajectory()]
     records.save(0, [trajectory()])
-    path = records.path(0)
-    path.write_text(path.read_text().replace(', "rollbacks": 0', ""))
+    text = gzip.decompress(records.path(0).read_bytes()).decode()
+    records.path(0).write_text(text.replace(', "rollbacks": 0', ""))
     assert records.load(0, PROBLEMS) == [trajectory()]
 
 
@@ -124,7 +185,7 @@ def test_the_latest_of_each_problem_is_found_among_so_many_steps_and_forgotten_w
     assert Records(tmp_path, seed=7, settings="other").latest(5, PROBLEMS, 4) == []
     records.forget_after(2)
     assert found(5, 4, records) == found(5, 4) == [("a", 0, 1), ("a", 1, 1), ("b ", 2, 1)]
-    records.path(1).write_text(records.path(1).read_text()[:-10])
+    records.path(1).write_bytes(records.path(1).read_bytes()[:-10])
     assert found(5, 4) == []
 
 

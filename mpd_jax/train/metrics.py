@@ -19,6 +19,7 @@ import numpy as np
 from mpd_jax import files, hosts
 from mpd_jax.files import AnyPath
 from mpd_jax.train.step import POSITION_EDGES, Out
+from mpd_jax.train.trackers import Trackers
 from mpd_jax.types import Trajectory, UserError
 
 Row = dict[str, Any]
@@ -193,13 +194,21 @@ def spent(row: Row, seconds: Seconds) -> Row:
 class Metrics:
     """metrics.jsonl. Rows of steps that are about to be redone are cut off when it is opened.
 
+    trackers: are given the same rows, by process 0.
     history: the HISTORY of every row; of the rows of earlier starts process 0 alone has it.
     """
 
-    def __init__(self, run_dir: AnyPath, start_step: int, live: Callable[[Row], None] | None = None):
+    def __init__(
+        self,
+        run_dir: AnyPath,
+        start_step: int,
+        live: Callable[[Row], None] | None = None,
+        trackers: Trackers | None = None,
+    ):
         self.path = run_dir / "metrics.jsonl"
         self.history: list[Row] = []
         self._live = live
+        self._trackers = trackers
         self._pending: list[tuple[Row, Out | None, Callable[[], Seconds]]] = []
         hosts.from_main(lambda: self._truncate(start_step))
         self._lines = files.Lines(self.path)
@@ -219,6 +228,8 @@ class Metrics:
             self.history.append(_decisive(row))
             if self._live is not None:
                 self._live(row)
+            if self._trackers is not None and hosts.is_main():
+                self._trackers.add(row)
             done.append(row)
         return done
 
@@ -226,7 +237,7 @@ class Metrics:
         """Forgets `step` and all later ones, read or not."""
         self._pending.clear()
         self._lines.close()
-        hosts.from_main(lambda: self._truncate(step))
+        hosts.from_main(lambda: self._truncate(step, rewound=True))
         self._lines = files.Lines(self.path)
 
     def flush(self) -> None:
@@ -235,12 +246,16 @@ class Metrics:
 
     def close(self) -> None:
         self._lines.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
-    def _truncate(self, start_step: int) -> None:
+    def _truncate(self, start_step: int, rewound: bool = False) -> None:
         rows = read_rows(self.path)
         kept = [row for row in rows if row["step"] < start_step]
         self.history = [_decisive(row) for row in kept]
         files.write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        if self._trackers is not None:
+            self._trackers.restart(kept, rewound)
 
 
 def _decisive(row: Row) -> Row:

@@ -1,16 +1,24 @@
 """A step's trajectories on disk, before the update that uses them; a resumed run reads them back instead of sampling.
 
-One JSON Lines file a step: a head line (step, seed, stage), then one trajectory a line. Round trips are exact: ids are
-integers and Python writes floats so that they read back as the same bits. Files appear whole or not at all.
+One JSON Lines file a step, compressed by gzip: a head line (step, seed, stage), then one trajectory a line. Round trips
+are exact: ids are integers and Python writes floats so that they read back as the same bits. Files appear whole or not
+at all. Earlier versions left them uncompressed, and those are read too.
 """
 
+import gzip
 import json
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 from mpd_jax import files, hosts
 from mpd_jax.files import AnyPath
 from mpd_jax.types import Problem, Trajectory, UserError
+
+SUFFIXES = (".jsonl.gz", ".jsonl")  # as they are written; as earlier versions did
+GZIP = b"\x1f\x8b"
+LEVEL = 1  # of ids and log-probabilities as text; level 9 saves a tenth more, in thirteen times the time
+FIRST = 8  # steps that no cap removes: they tell what the student was like
 
 
 def to_json(trajectory: Trajectory) -> str:
@@ -34,35 +42,79 @@ def _trajectory(fields: dict[str, Any]) -> Trajectory:
     return Trajectory(**{**fields, **tuples, "original": _trajectory(original) if original else None})
 
 
+def text_of(data: bytes) -> str:
+    """The lines of a file of `Records`, compressed or not; ValueError if it is damaged."""
+    try:
+        return (gzip.decompress(data) if data.startswith(GZIP) else data).decode()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"damaged: {error}") from error
+
+
+def read_trajectories(path: AnyPath) -> tuple[dict[str, Any], list[Trajectory]]:
+    """Head and trajectories of a file of `Records`, whatever the run; ValueError if it is damaged or absent."""
+    head, _, trajectories = _parts(files.read(path) or b"")
+    return head, trajectories
+
+
+def _parts(data: bytes) -> tuple[dict[str, Any], list[str], list[Trajectory]]:
+    try:
+        first, *lines = text_of(data).splitlines()
+        head, trajectories = json.loads(first), [from_json(line) for line in lines]
+        whole = head["count"] == len(trajectories)
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"damaged: {error}") from error
+    if not whole:
+        raise ValueError("damaged: a part is lost")
+    return head, lines, trajectories
+
+
 class Records:
-    """Files `trajectories/step_000012.jsonl` of a run; what was written is kept until its rewrite is there.
+    """Files `trajectories/step_000012.jsonl.gz` of a run; what was written is kept until its rewrite is there.
 
     `settings` stands for whatever else the trajectories depend on; those made under other settings are made again.
+    keep: of how many steps, the newest, they stay beside those of the first; None: of all.
     """
 
-    def __init__(self, run_dir: AnyPath, seed: int, settings: str = ""):
+    def __init__(self, run_dir: AnyPath, seed: int, settings: str = "", keep: int | None = None):
         self.directory = run_dir / "trajectories"
+        self._keep = keep
         self._seed = seed
         self._settings = settings
         # Of final files, by step and problem; kept once the latest of a problem are asked for.
         self._lines_of: dict[int, dict[str, list[int]]] | None = None
 
     def path(self, step: int, stage: str = "final") -> AnyPath:
-        suffix = "" if stage == "final" else f".{stage}"
-        return self.directory / f"step_{step:06d}{suffix}.jsonl"
+        return self._paths(step, stage)[0]
+
+    def _paths(self, step: int, stage: str) -> list[AnyPath]:
+        """Where the trajectories are written, and where an earlier version may have left them."""
+        name = f"step_{step:06d}" + ("" if stage == "final" else f".{stage}")
+        return [self.directory / f"{name}{suffix}" for suffix in SUFFIXES]
+
+    def _read(self, step: int, stage: str) -> bytes | None:
+        found = (files.read(path) for path in self._paths(step, stage))
+        return next((data for data in found if data is not None), None)
+
+    def _remove(self, step: int, stage: str) -> None:
+        for path in self._paths(step, stage):
+            files.remove(path)
 
     def save(self, step: int, trajectories: Sequence[Trajectory], stage: str = "final", rollbacks: int = 0) -> None:
         made = {"step": step, "stage": stage, "seed": self._seed, "settings": self._settings, "rollbacks": rollbacks}
         head = json.dumps({**made, "count": len(trajectories)})
-        files.write_atomically(self.path(step, stage), "\n".join([head, *map(to_json, trajectories)]) + "\n")
+        text = "\n".join([head, *map(to_json, trajectories)]) + "\n"
+        if hosts.is_main():
+            files.write_atomically(self.path(step, stage), gzip.compress(text.encode(), LEVEL, mtime=0))
         if stage == "final":
-            files.remove(self.path(step, "written"))
+            self._remove(step, "written")
+            if self._keep is not None and step - self._keep >= FIRST:
+                self._remove(step - self._keep, "final")
             if self._lines_of is not None:
                 self._lines_of[step] = _by_problem(trajectories)
 
     def forget_after(self, step: int) -> None:
         """Removes the trajectories of later steps: they were sampled from weights that the run will not have."""
-        for path in list(self.directory.glob("step_*.jsonl")) if hosts.is_main() else ():
+        for path in list(self.directory.glob("step_*.jsonl*")) if hosts.is_main() else ():
             if int(path.name[len("step_") :].split(".")[0]) > step:
                 files.remove(path)
         if self._lines_of is not None:
@@ -98,23 +150,21 @@ class Records:
             numbers = known.get(earlier, {})
             here = wanted & numbers.keys()
             if here:
-                lines = (files.read(self.path(earlier)) or b"").decode().splitlines()[1:]
+                lines = text_of(self._read(earlier, "final") or b"").splitlines()[1:]
                 found += [lines[number] for problem in here for number in numbers[problem]]
                 wanted = wanted - here
         return found
 
     def _whole(self, step: int, stage: str) -> tuple[dict[str, Any], list[str], list[Trajectory]] | None:
         """Head, lines and trajectories of a file; None if it is absent, damaged, or made under other settings."""
-        data = files.read(self.path(step, stage))
+        data = self._read(step, stage)
         if data is None:
             return None
         try:
-            first, *lines = data.decode().splitlines()
-            head = json.loads(first)
-            trajectories = [from_json(line) for line in lines]
-        except (ValueError, LookupError, TypeError):  # damaged: they are made again
+            head, lines, trajectories = _parts(data)
+        except ValueError:  # damaged: they are made again
             return None
-        if head["settings"] != self._settings or head["count"] != len(trajectories):
+        if head["settings"] != self._settings:
             return None
         return head, lines, trajectories
 

@@ -32,6 +32,10 @@ class TrainConfig:
                    that stop or roll back the last `keep` that are a multiple of save_every stay beside them.
     keep_best:     the checkpoint that was best by this figure of the evaluations (eval.every, and the last) stays too:
                    highest accuracy, or fewest mean_tokens, at the first temperature.
+    keep_trajectories: of how many steps, the newest, the trajectories stay on disk, beside those of the first 8; all if
+                   not given.
+    trackers:      where the figures of metrics.jsonl go too: tensorboard (event files under run.dir/tensorboard), wandb
+                   (Weights & Biases; its key from the environment).
     max_length:    tokens of prompt and response together; a longer trajectory is dropped and counted.
     row_length:    the longest row that trajectories are packed into, max_length unless given. Every shape of a step's
                    rows is compiled once (data/packing.py). Where attention takes no segments, a row is one trajectory.
@@ -52,6 +56,8 @@ class TrainConfig:
     save_every: int = 50
     keep: int = 2
     keep_best: Literal["accuracy", "mean_tokens"] | None = None
+    keep_trajectories: int | None = None
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     max_length: int = 4096
     row_length: int | None = None
     profile_steps: tuple[int, int] | None = None
@@ -59,6 +65,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batches", "save_every", "keep", "max_length"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("trackers", len(set(self.trackers)) == len(self.trackers), "a list of different ones")
         allowed = f"at least train.max_length = {self.max_length}"
         self._require("row_length", self.row_length is None or self.row_length >= self.max_length, allowed)
         first, last = self.profile_steps or (0, 0)

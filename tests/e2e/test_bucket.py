@@ -52,7 +52,7 @@ def test_a_killed_run_in_a_bucket_ends_like_one_on_a_disk(tmp_path):
     assert [row["step"] for row in rows] == list(range(STEPS))
     assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
     for step in range(STEPS):
-        name = f"trajectories/step_{step:06d}.jsonl"
+        name = f"trajectories/step_{step:06d}.jsonl.gz"
         assert files.read(there / name) == files.read(here / name)
     before, after = (json.loads(files.read(run_dir / "summary.json") or b"")["rows"] for run_dir in (there, here))
     assert before == after

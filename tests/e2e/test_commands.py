@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import sys
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from mpd_jax import cli
+from mpd_jax.eval.samples import read_samples
+from mpd_jax.train.records import read_trajectories
 from tests.e2e.tiny import QUICKSTART, ROOT, SMALL
 
 
@@ -81,7 +84,21 @@ def test_export_sample_and_regrade_use_the_trained_student(run_dir, tmp_path, ca
     assert code == 0 and len(answer["response_ids"]) == len(answer["logprobs"]) <= 12
     assert answer["finish_reason"] in ("stop", "length") and all(value <= 0 for value in answer["logprobs"])
     assert json.loads(command(capsys, *words)[1]) == answer
+    before = json.loads(command(capsys, "sample", "tiny:student", *words[2:])[1])
+    assert "before" not in before and before.pop("prompt_ids") == answer["prompt_ids"]
+    assert answer["before"] == before and before["logprobs"] != answer["logprobs"]
     assert command(capsys, "eval", run_dir, "--regrade", "rules")[0] == 0
+
+
+def test_a_report_of_a_run_lays_what_was_trained_on_beside_what_was_learnt(run_dir, tmp_path, capsys):
+    code, _, said = command(capsys, "report", run_dir, "--out", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert code == 0 and "wrote" in said and "What is missing" not in page
+    asked = {sample.problem_id for sample in read_samples(run_dir / "evaluations" / "training problems, step 2.jsonl")}
+    made = [read_trajectories(run_dir / "trajectories" / f"step_00000{n}.jsonl.gz")[1] for n in (0, 1)]
+    assert asked and asked <= {t.problem_id for step in made for t in step}
+    known = re.findall(r'data-source="trained on" data-verdict="\w+" data-level="\w*" data-change="(?!not known)', page)
+    assert len(known) == len(asked)
 
 
 def test_a_checkpoint_before_the_newest_is_used_where_it_is_asked_for(run_dir, tmp_path, capsys):

@@ -17,7 +17,7 @@ import pytest
 
 from mpd_jax.files import AnyPath
 from mpd_jax.train.metrics import read_rows
-from mpd_jax.train.records import from_json
+from mpd_jax.train.records import read_trajectories
 from tests.e2e.test_kill import ending, environment, open_phase, phases
 from tests.e2e.tiny import QUICKSTART, SMALL
 
@@ -82,8 +82,8 @@ class Processes:
 def written(run_dir: AnyPath) -> list[list[tuple]]:
     """Problem and ids of every trajectory, drafts too, step by step."""
     steps = []
-    for path in sorted((run_dir / "trajectories").glob("step_*.jsonl")):
-        rows = [from_json(line) for line in path.read_text().splitlines()[1:]]
+    for path in sorted((run_dir / "trajectories").glob("step_*.jsonl.gz")):
+        rows = read_trajectories(path)[1]
         steps.append([(t.problem_id, t.response, t.original.response if t.original else None, t.verdict) for t in rows])
     return steps
 

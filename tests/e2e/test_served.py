@@ -19,7 +19,7 @@ from mpd_jax.models.hf_weights import load_config, load_weights
 from mpd_jax.roles import TINY
 from mpd_jax.sharding import MeshConfig, make_mesh
 from mpd_jax.train.metrics import read_rows
-from mpd_jax.train.records import from_json
+from mpd_jax.train.records import read_trajectories
 from mpd_jax.types import Trajectory
 from tests.e2e.tiny import QUICKSTART, SMALL
 from tests.fake_server import FakeServer
@@ -60,11 +60,9 @@ def compile_anew_afterwards():
 def trained(directory: Path, *overrides: str) -> tuple[list[Trajectory], list[float], dict]:
     """(trajectories of all steps without their writers' log-probabilities, losses, summary) of a whole run."""
     run.train(config.load(QUICKSTART, [*OVERRIDES, f"run.dir={directory}", *overrides]))
-    lines = [
-        line for path in sorted((directory / "trajectories").iterdir()) for line in path.read_text().splitlines()[1:]
-    ]
+    made = [t for path in sorted((directory / "trajectories").iterdir()) for t in read_trajectories(path)[1]]
     rows, summary = read_rows(directory / "metrics.jsonl"), json.loads((directory / "summary.json").read_text())
-    return [plain(from_json(line)) for line in lines], [row["loss"] for row in rows], summary
+    return [plain(t) for t in made], [row["loss"] for row in rows], summary
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from mpd_jax.models.lora import StudentSpec
 from mpd_jax.roles import TINY, open_model
 from mpd_jax.sharding import MeshConfig, make_mesh
 from mpd_jax.train.metrics import read_rows
+from mpd_jax.train.records import read_trajectories
 from tests.e2e.test_kill import open_phase, phases
 from tests.e2e.tiny import QUICKSTART
 from tests.real_server import RealServer, vllm_server
@@ -64,7 +65,7 @@ class Killer(threading.Thread):
 def problem_ids(run_dir: Path) -> list[list[str]]:
     """Those of each step's trajectories, in order."""
     paths = sorted((run_dir / "trajectories").iterdir())
-    return [[json.loads(line)["problem_id"] for line in path.read_text().splitlines()[1:]] for path in paths]
+    return [[t.problem_id for t in read_trajectories(path)[1]] for path in paths]
 
 
 def trained(run_dir: Path, *overrides: str) -> dict:
