@@ -103,6 +103,9 @@ def test_stored_samples_are_graded_by_every_grader_that_is_named(scripted, sets,
         "one/tiny:student.jsonl",
         "two/tiny:student.jsonl",
     ]
+    for _ in range(2):  # what was graded again is not graded again
+        command.run(str(tmp_path / "out" / "one"), None, [], regrade=["rules"])
+    assert [p.name for p in (tmp_path / "out" / "one" / "regraded_rules").iterdir()] == ["tiny:student.jsonl"]
     with pytest.raises(UserError, match="holds no samples"):
         command.run(str(tmp_path / "none"), None, [], regrade=["rules"])
 
@@ -121,10 +124,10 @@ def test_a_baseline_is_of_the_same_problems_and_the_same_grader(scripted, sets, 
 
 def test_several_names_may_follow_one_set_option(monkeypatch):
     seen = {}
-    monkeypatch.setattr(command, "run", lambda *_, **options: seen.update(options))
+    monkeypatch.setattr(command, "run", lambda *given, **options: seen.update(options, overrides=given[2]))
     words = ["eval", "tiny:student", "--set", "math500", "aime25", "eval.attempts=4", "--set", "amc23"]
     assert CliRunner().invoke(app, words).exit_code == 0
-    assert sorted(seen["sets"]) == ["aime25", "amc23", "math500"]
+    assert sorted(seen["sets"]) == ["aime25", "amc23", "math500"] and seen["overrides"] == ["eval.attempts=4"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import ast
 import json
-import time
+import resource
 from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
@@ -446,16 +446,19 @@ def test_sixteen_workers_give_what_one_gives(math500):
 
 
 @pytest.mark.slow
-def test_the_pool_grades_two_hundred_answers_of_math500_a_second(math500):
-    """On two cores that have nothing else to do; the processes are there already."""
-    pairs = [(row["solution"], row["answer"]) for row in math500]
+def test_the_pool_grades_two_hundred_answers_of_math500_a_second_on_two_cores(math500):
+    """In processor seconds, so that a busy machine changes nothing; starting the processes is among them."""
+
+    def seconds():
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    began = seconds()
     with GraderPool("math_verify", workers=2) as graders:
-        graders.grade_many([("\\boxed{1}", "2"), ("\\boxed{2}", "1")])
-        began = time.perf_counter()
-        graders.grade_many(pairs)
-        rate = len(pairs) / (time.perf_counter() - began)
-    print(f"{rate:.0f} answers a second")
-    assert rate >= 200
+        graders.grade_many([(row["solution"], row["answer"]) for row in math500])
+    rate = len(math500) / (seconds() - began)
+    print(f"{rate:.0f} answers a second and core")
+    assert 2 * rate >= 200
 
 
 def test_an_unknown_grader_is_refused_by_name():
