@@ -159,6 +159,18 @@ def test_a_set_that_is_not_here_is_told_with_the_command_that_fetches_it(tmp_pat
         assert part in str(caught.value)
 
 
+def test_a_set_in_the_cache_of_the_hub_is_read_without_asking_the_hub(tmp_path, monkeypatch):
+    directory = laid(tmp_path, "aime25", [ROWS["aime25"]], monkeypatch)
+
+    def cached(repository, *, revision, local_files_only, **_):
+        assert (repository, revision, local_files_only) == ("math-ai/aime25", READY["aime25"].revision, True)
+        return f"{directory}/aime25"
+
+    monkeypatch.setattr(catalog.huggingface_hub, "snapshot_download", cached)
+    config = ProblemsConfig(heldout="aime25", directory=str(tmp_path / "elsewhere"))
+    assert [p.id for p in read(config, "heldout", tuple, told)] == ["aime25:1"]
+
+
 def test_a_row_of_another_form_is_told_by_place_and_column(tmp_path, monkeypatch):
     for row, said in (
         ({"question": "1+1?"}, r"train-00000-of-00001\.jsonl, line 1: no column 'answer'; it has 'question'"),

@@ -275,23 +275,28 @@ def _located(name: str, ready: Ready, split: str, directory: str) -> list[tuple[
     wanted, here = ready.splits[split], files.path(directory) / name
     if all(files.is_file(here / file) for file in wanted):
         return [(here / file, sha) for file, sha in wanted.items()]
-    try:
-        cache = Path(
-            huggingface_hub.snapshot_download(
-                ready.repository, repo_type="dataset", revision=ready.revision, allow_patterns=list(wanted)
+    failed: Exception | None = None
+    for cached in (True, False):  # without a network the second waits long
+        try:
+            cache = Path(
+                huggingface_hub.snapshot_download(
+                    ready.repository,
+                    repo_type="dataset",
+                    revision=ready.revision,
+                    allow_patterns=list(wanted),
+                    local_files_only=cached,
+                )
             )
-        )
-        if missing := [file for file in wanted if not (cache / file).is_file()]:
-            raise FileNotFoundError(f"{missing[0]} is not in the cache")
-    except Exception as error:  # the hub's own, and those of its HTTP library
-        terms = (
-            f" (accept its terms on https://huggingface.co/datasets/{ready.repository} first)" if ready.gated else ""
-        )
-        raise UserError(
-            f"problems: {name}: not in {here}, and not to be had from the hub ({type(error).__name__}). Where the hub "
-            f"can be reached, run{terms}: {fetching(name, split, str(here))}; and bring that directory here"
-        ) from error
-    return [(cache / file, sha) for file, sha in wanted.items()]
+        except Exception as error:  # the hub's own, and those of its HTTP library
+            failed = error
+            continue
+        if all((cache / file).is_file() for file in wanted):
+            return [(cache / file, sha) for file, sha in wanted.items()]
+    terms = f" (accept its terms on https://huggingface.co/datasets/{ready.repository} first)" if ready.gated else ""
+    raise UserError(
+        f"problems: {name}: not in {here}, and not to be had from the hub ({type(failed).__name__}). Where the hub "
+        f"can be reached, run{terms}: {fetching(name, split, str(here))}; and bring that directory here"
+    ) from failed
 
 
 def fetching(name: str, split: str, here: str) -> str:
