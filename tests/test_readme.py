@@ -33,6 +33,13 @@ def commands() -> list[list[str]]:
     return found
 
 
+def each_of(word: str) -> list[str]:
+    """As a shell expands one pair of braces."""
+    before, brace, rest = word.partition("{")
+    inside, _, after = rest.partition("}")
+    return [before + each + after for each in inside.split(",")] if brace else [word]
+
+
 def test_the_readme_has_commands():
     assert {words[0] for words in commands()} >= {"train", "eval", "sample", "export", "config", "bench"}
 
@@ -82,9 +89,9 @@ def test_every_config_command_in_the_readme_resolves():
     from mpd_jax import config
 
     for words in commands():
-        if len(words) > 1 and words[1].startswith("configs/"):
-            overrides = [w for w in words[2:] if "=" in w and not w.startswith("--")]
-            config.load(ROOT / words[1], overrides)
+        overrides = [w for w in words[2:] if "=" in w and not w.startswith("--")]
+        for name in each_of(words[1]) if len(words) > 1 and words[1].startswith("configs/") else ():
+            config.load(ROOT / name, overrides)
 
 
 def test_the_settings_of_servers_in_the_readme_are_the_defaults():

@@ -108,7 +108,8 @@ class ProblemsConfig:
     def described(self, split: Split) -> list[Any]:
         """Whatever decides what the problems of a split are."""
         chosen = [asdict(self.sources[name]) for name in self.names(split) if name in self.sources]
-        return [getattr(self, split), self.heldout_columns, self.columns, *chosen]
+        other = split == "heldout" and self.heldout_columns is not None
+        return [getattr(self, split), self.heldout_columns if other else self.columns, *chosen]
 
     def names(self, split: Split) -> tuple[str, ...]:
         """The sets of a split."""

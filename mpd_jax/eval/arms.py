@@ -160,15 +160,13 @@ def _slug(text: str) -> str:
 def graded(c: RunConfig) -> dict[str, Any]:
     """What decides how an arm is graded, by config key: the problems, how they are asked and answered, the student."""
     tree = dataclasses.asdict(dataclasses.replace(c.eval, every=0, concise_row=True))
+    heldout, *read_by = c.problems.described("heldout")
     return trees.flat(
         {
             "eval": tree,
             # Not how it trains and computes. An adapter that it starts from makes it another student.
             "student": {key: getattr(c.student, key) for key in ("path", "revision", "thinking", "adapter")},
-            "problems": {
-                "heldout": c.problems.heldout,
-                "heldout_columns": repr(c.problems.heldout_columns or c.problems.columns),
-            },
+            "problems": {"heldout": heldout, "heldout_columns": repr(read_by)},
             "recipe": {"contexts": {"plain": c.recipe.contexts.plain}},
         }
     )
