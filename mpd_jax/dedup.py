@@ -1,11 +1,13 @@
 """`mpd-jax dedup`: which problems to train on are near-duplicates of evaluation problems, found once before any run."""
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from mpd_jax import build
+from mpd_jax import build, files
 from mpd_jax.config import RunConfig
 from mpd_jax.data import kept
 from mpd_jax.data.near import Index
@@ -25,6 +27,7 @@ def run(settings: RunConfig, against: Sequence[str], out: str, share: float, siz
             raise UserError(
                 f"--{name}: {value} is not allowed; it must be {'in (0, 1]' if name == 'share' else '1 or more'}"
             )
+    _require_place(out)
     screen, config = Screen(), dataclasses.replace(settings.problems, kept=None, lengths=None)
     sets = {
         name: build.read_problems(dataclasses.replace(config, heldout=name), "heldout", screen.say)
@@ -55,3 +58,16 @@ def run(settings: RunConfig, against: Sequence[str], out: str, share: float, siz
     kept.write(out, made, stay - left.keys(), left.values())
     found = Counter(line["near"]["set"] for line in left.values())
     return {**made, "problems": len(training), "questions kept": len(stay), "left out": dict(found), "written": out}
+
+
+def _require_place(out: str) -> None:
+    """UserError where the index could not be written, before the hour that it may take to make."""
+    path = files.path(out)
+    if not isinstance(path, Path):
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {path.parent} cannot be made ({error.strerror}); choose another place") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--out: {path} is a directory, or cannot be written; give the path of a file")

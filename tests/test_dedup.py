@@ -84,6 +84,15 @@ def test_what_the_index_found_is_left_out_of_training_alone_and_told(tmp_path):
         read(using, "train", tuple, told)
 
 
+def test_a_question_that_is_left_out_may_hold_any_character(tmp_path):
+    strange = f"{ASKED} \u2028 \x85 \x0c Explain."
+    train = write(tmp_path / "train.jsonl", ["What is 7*8?", strange])
+    heldout, index = write(tmp_path / "held.jsonl", [ASKED]), str(tmp_path / "kept.jsonl")
+    settings = config.load(QUICKSTART, [f"problems.train={train}", f"problems.heldout={heldout}"])
+    dedup.run(settings, [], index, share=0.6, size=5)
+    assert [p.id for p in read(ProblemsConfig(train, heldout, kept=index), "train", tuple, told)] == ["train:1"]
+
+
 def test_an_index_that_is_missing_or_damaged_is_refused(tmp_path):
     train, index = write(tmp_path / "t.jsonl", ["What is 7*8?"]), tmp_path / "kept.jsonl"
     using = ProblemsConfig(train, kept=str(index))
@@ -101,3 +110,11 @@ def test_an_index_that_is_missing_or_damaged_is_refused(tmp_path):
 def test_limits_that_make_no_sense_are_refused(share, size, said, tmp_path):
     with pytest.raises(UserError, match=said):
         dedup.run(config.load(QUICKSTART), [], str(tmp_path / "x"), share, size)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(dedup.build, "read_problems", lambda *_: pytest.fail("it was read"))
+    (tmp_path / "file").write_text("")
+    for out, said in ((tmp_path, "is a directory"), (tmp_path / "file" / "x", "cannot be made")):
+        with pytest.raises(UserError, match=f"--out: .*{said}"):
+            dedup.run(config.load(QUICKSTART), [], str(out), 0.6, 5)

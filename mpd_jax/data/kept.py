@@ -28,7 +28,8 @@ class Kept:
         data = files.read(files.path(path))
         if data is None:
             raise UserError(f"problems.kept: {path}: no such file; write it with `mpd-jax dedup CONFIG --out {path}`")
-        head, *lines = data.decode(errors="replace").splitlines() or [""]
+        # At line feeds only: a question that was left out may hold other characters that Python takes for line ends.
+        head, *lines = data.decode(errors="replace").removesuffix("\n").split("\n")
         try:
             made = json.loads(head)
             gone = [json.loads(line) for line in lines[: made["left_out"]]]
