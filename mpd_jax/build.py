@@ -70,7 +70,7 @@ def tiny_contexts() -> dict[str, str]:
 
 def read_problems(config: ProblemsConfig, split: Split, say: Say = lambda message: None) -> Sequence[Problem]:
     """The problems of `problems.train` or `problems.heldout`. say: is told what was read, and what was left out."""
-    if getattr(config, split) == "tiny":
+    if getattr(config, split) == "tiny" and "tiny" not in config.sources:
         return _tiny(split)
     problems = read(config, split, partial(_tiny, split), say)
     for line in problems.report:

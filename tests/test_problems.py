@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mpd_jax import build
+from mpd_jax.data import order
 from mpd_jax.data.order import ProblemSet
 from mpd_jax.data.problems import ProblemsConfig, Source, read, read_file, refuse_overlap
 from mpd_jax.data.store import Problems
@@ -38,6 +40,13 @@ def test_seed_and_epoch_change_the_order():
 def test_the_order_is_the_same_on_every_machine():
     """Recorded: a run resumed under another numpy must not see other problems."""
     assert [p.id for p in problem_set(8, 8, seed=7).at(0)] == ["p4", "p1", "p6", "p3", "p2", "p7", "p5", "p0"]
+
+
+def test_an_epoch_is_shuffled_once_and_not_at_every_step(monkeypatch):
+    shuffled, made = [], order.Order._shuffled
+    monkeypatch.setattr(order.Order, "_shuffled", lambda self, epoch: shuffled.append(epoch) or made(self, epoch))
+    problems = problem_set(60, 6, seed=77)
+    assert len({p.id for step in range(10) for p in problems.at(step)}) == 60 and shuffled == [0]
 
 
 @pytest.mark.parametrize("batch", [0, 6])
@@ -212,6 +221,19 @@ def test_the_parts_of_a_set_share_no_question_and_leave_none_out(tmp_path):
         ProblemsConfig(sources={"a": Source(path, part=(0.5, 0.5))})
 
 
+def test_a_source_may_be_called_tiny(tmp_path):
+    path = write(tmp_path / "own.jsonl", [{"question": "mine?"}])
+    config = ProblemsConfig(sources={"tiny": Source(path)})
+    assert [p.question for p in build.read_problems(config, "train")] == ["mine?"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_temporary_directory_is_told_with_what_to_change(monkeypatch):
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda: open("/dev/full", "wb", buffering=0))  # noqa: SIM115
+    with pytest.raises(UserError, match=r"temporary directory .*No space left on device.*TMPDIR"):
+        Problems().add(Problem("x", "q"))
+
+
 def test_a_pinned_content_is_checked_whatever_file_it_came_from(tmp_path):
     rows = [{"question": "1+1?", "answer": "2"}]
     content = of(ProblemsConfig(write(tmp_path / "a.jsonl", rows))).parts[0].content
@@ -263,6 +285,10 @@ def test_one_source_is_dealt_as_ever_and_a_mixture_that_no_step_can_hold_is_refu
         ({"lengths": {"words": (1, 2)}}, r"problems\.lengths\.words: no such field"),
         ({"lengths": {"question": (3, 2)}}, r"problems\.lengths\.question: \[3, 2\] holds nothing"),
         ({"sources": {"x": Source("a.jsonl", weight=0)}}, r"problems\.sources\.x\.weight: 0 is not allowed"),
+        (
+            {"sources": {"x": Source("a.jsonl", weight=float("inf"))}},
+            r"problems\.sources\.x\.weight: inf is not allowed",
+        ),
         (
             {"sources": {"x": Source("a.jsonl", revision="0" * 40)}},
             r"problems\.sources\.x\.revision: .* not for a\.jsonl",

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -132,6 +133,7 @@ def test_a_csv_file_is_read_and_a_row_of_another_form_is_told_by_line(tmp_path):
     for text, said in (
         ("question,answer\na,b,c\n", r"c\.csv, line 2: other columns than the first line names"),
         ("question,answer\na,b\nc\n", r"c\.csv, line 3: other columns"),
+        ("question,id,id\na,b,c\n", r"c\.csv, line 1: two columns of one name"),
         ('question\n"a" b\n', r"c\.csv, row 1: no UTF-8 text with commas between"),
     ):
         path.write_text(text)
@@ -174,6 +176,23 @@ def test_what_is_no_parquet_and_a_column_of_a_wrong_type_are_told_by_place(tmp_p
     chat = {"messages": [{"role": "user", "content": "1+1?"}], "info": {"gold": "2"}, "other": b"\xff"}
     parquet.write_table(arrow.Table.from_pylist([chat]), path)
     assert read_file(path, {"answer": "info.gold"}) == (Problem("p:1", "1+1?", "2"),)
+
+
+def test_a_missing_number_is_no_answer():
+    """pandas writes one as NaN, beside which whole numbers become decimals."""
+    from mpd_jax.data.rows import problem
+
+    row = {"question": "1+1?", "answer": math.nan, "level": math.nan, "id": math.nan}
+    assert problem(row, {"level": "level"}, "row 1", "x", "columns") == Problem("x", "1+1?")
+    with pytest.raises(UserError, match="row 1, column 'question': NoneType, not text"):
+        problem({"question": math.nan}, {}, "row 1", "x", "columns")
+
+
+def test_a_set_of_tfds_whose_code_would_be_fetched_is_refused(monkeypatch):
+    monkeypatch.setattr(sources, "needed", lambda *_: pytest.fail("it was looked for"))
+    for name in ("kaggle:my_set", "huggingface:gsm8k/main", "my-space:set:1.0.0"):
+        with pytest.raises(UserError, match=rf"problems: tfds:{name}: sets of a namespace are not read"):
+            of(Source(f"tfds:{name}"))
 
 
 def test_bytes_are_text_or_refused_by_place():

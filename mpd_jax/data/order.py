@@ -29,6 +29,7 @@ class Order:
             chosen.extend(self._order(epoch)[start : start + self.batch_size - len(chosen)].tolist())
         return chosen
 
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - of a value; a permutation of ten millions takes seconds
     def _order(self, epoch: int) -> np.ndarray:
         """An epoch's permutation; if it begins inside a step, that step's problems of the last epoch come later."""
         # Only the first batch_size places are rearranged, so an epoch of two steps or more has its tail untouched, and
@@ -55,7 +56,7 @@ class Order:
     def _shuffled(self, epoch: int) -> np.ndarray:
         # Raw Philox words are the same in every numpy; the shuffling methods of its generators are not promised to be.
         words = np.random.Philox(key=[self.seed & (2**64 - 1), epoch]).random_raw(self.size)
-        return np.argsort(words, kind="stable")
+        return np.argsort(words, kind="stable").astype(np.uint32)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Not here: the readers (sources.py), what columns mean (rows.py), the sets that h
 training (order.py), the tiny world's problems (build.py asks its generator), how one becomes a prompt (chat.py).
 """
 
+import math
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -138,7 +139,7 @@ def _check(source: Source, key: str) -> None:
             raise UserError(f"{key}.{name}: {getattr(source, name)!r} is for {where}, and not for {source.read}")
     if not 0 <= source.part[0] < source.part[1] <= 1:
         raise UserError(f"{key}.part: {list(source.part)} is not allowed; give [from, to] within 0 and 1")
-    if not source.weight > 0:
+    if not (source.weight > 0 and math.isfinite(source.weight)):
         raise UserError(f"{key}.weight: {source.weight} is not allowed; give more than 0, or leave the source out")
 
 

@@ -31,6 +31,7 @@ def problem(row: Mapping[str, Any], named: Mapping[str, str], where: str, defaul
         if column not in row and field not in named and field != "question":
             continue
         there, value = _reach(row, column)
+        value = None if value != value else value  # NaN is how pandas writes a missing one
         if field == "question" and not there and field not in named and MESSAGES in row:
             column, there, value = MESSAGES, True, row[MESSAGES]
         if not there:

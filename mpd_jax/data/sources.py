@@ -9,6 +9,7 @@ import csv
 import importlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,8 @@ def _csv(path: AnyPath, named: Mapping[str, str]) -> Iterator[Row]:
         reader = csv.DictReader(text, strict=True)
         number = 0
         try:
+            if len(names := reader.fieldnames or ()) > len(set(names)):
+                raise UserError(f"problems: {path}, line 1: two columns of one name; rename one of them")
             for number, row in enumerate(reader, start=1):
                 place = f"problems: {path}, line {reader.line_num}"
                 if None in row or None in row.values():
@@ -188,6 +191,8 @@ def _split(split: str | None, known: Sequence[str], what: str) -> str:
 def of_tfds(name: str, split: str | None, directory: str | None) -> Iterator[Row]:
     """A set that tensorflow-datasets prepared as array_record, under `directory` or where it keeps them all."""
     what = f"problems: {TFDS}{name}"
+    if re.match(r"[\w-]+:(?!\d)", name):  # tensorflow-datasets would fetch the code of such a one, and run it
+        raise UserError(f"{what}: sets of a namespace are not read; prepare it, and give its name, as tfds:name")
     needed("array_record", what)
     tfds = needed("tensorflow_datasets", what)
     try:

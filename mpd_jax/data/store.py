@@ -16,7 +16,7 @@ from typing import NamedTuple, overload
 import numpy as np
 
 from mpd_jax.data.rows import FIELDS
-from mpd_jax.types import Problem
+from mpd_jax.types import Problem, UserError
 
 NONE = 2**32 - 1  # a length that says: there is no such text
 QUESTION = FIELDS.index("question")
@@ -56,14 +56,20 @@ class Problems(Sequence[Problem]):
     def add(self, problem: Problem) -> None:
         stored = [None if text is None else text.encode() for text in TEXTS(problem)]
         self._lengths.extend([NONE if data is None else len(data) for data in stored])
-        self._offsets.append(self._offsets[-1] + self._file.write(b"".join(filter(None, stored))))
+        try:
+            self._offsets.append(self._offsets[-1] + self._file.write(b"".join(filter(None, stored))))
+        except OSError as error:
+            raise _no_room(error) from error
         self._contents.append(content_of(problem.question))
         answer = stored[ANSWER]
         self._answers.update(b"\0" if answer is None else b"\1%d:" % len(answer) + answer)
 
     def end_part(self, name: str, weight: float) -> Part:
         """What was added since the last part ended is a part, and can be read."""
-        self._file.flush()
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise _no_room(error) from error
         first = sum(part.size for part in self.parts)
         self._answers.update(self.contents[first:].tobytes())
         self.parts.append(Part(name, len(self) - first, weight, self._answers.hexdigest()))
@@ -128,6 +134,13 @@ class Problems(Sequence[Problem]):
         )
 
     __hash__ = None  # type: ignore[assignment] - as a list has none
+
+
+def _no_room(error: OSError) -> UserError:
+    return UserError(
+        f"problems: their texts could not be written to the temporary directory {tempfile.gettempdir()} "
+        f"({error.strerror}); free space there, or name another by TMPDIR"
+    )
 
 
 def contents(problems: Sequence[Problem]) -> np.ndarray:
