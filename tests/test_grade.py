@@ -3,6 +3,7 @@
 import ast
 import json
 import resource
+import time
 from fractions import Fraction
 from importlib import metadata
 from pathlib import Path
@@ -395,6 +396,40 @@ def test_a_users_function_that_hangs_or_fails_costs_one_answer(own):
     with GraderPool("my_graders:hangs", workers=1, limit_s=0.3) as graders:
         grades = graders.grade_many([("x", "1"), ("", "1"), ("y", "1")])
     assert [(g.correct, g.failure) for g in grades] == [(False, "timeout"), (False, "ZeroDivisionError"), (True, None)]
+
+
+def test_a_users_function_that_answers_neither_yes_nor_no_is_not_taken_for_yes(own):
+    text = "import numpy\n\ndef scores(answer, reference):\n"
+    own.with_name("my_scores.py").write_text(text + "    return {0: (False, 0.2), 1: numpy.True_}.get(len(answer))\n")
+    with GraderPool("my_scores:scores", workers=1) as graders:
+        grades = graders.grade_many([("", "1"), ("x", "1"), ("xx", "1")])
+    assert [(g.correct, g.failure) for g in grades] == [(False, "TypeError"), (True, None), (False, "TypeError")]
+
+
+def test_a_users_function_that_takes_the_alarm_and_waits_costs_one_answer(own, monkeypatch):
+    """As math-verify's own time limits do; and one that leaves a process behind it keeps the pipe open."""
+    monkeypatch.setattr(workers_module, "STALLED", 1)
+    monkeypatch.setattr(workers_module, "GRACE_S", 0.2)
+    text = (
+        "import os, signal, time\n\ndef waits(answer, reference):\n    if answer == 'waits':\n        signal.alarm(0)\n"
+    )
+    text += "        time.sleep(60)\n    if answer == 'leaves':\n        if os.fork():\n            os._exit(3)\n"
+    text += "        os.close(0)\n        time.sleep(4)\n        os._exit(0)\n    return True\n"
+    own.with_name("my_waits.py").write_text(text)
+    began = time.monotonic()
+    with GraderPool("my_waits:waits", workers=1, limit_s=0.5) as graders:
+        grades = graders.grade_many([("waits", "1"), ("leaves", "1"), ("", "1")])
+    assert [(g.correct, g.failure) for g in grades] == [(False, "stalled"), (False, "stalled"), (True, None)]
+    assert time.monotonic() - began < 20
+
+
+def test_a_users_module_that_cannot_start_in_a_worker_is_told(own):
+    name, module = "my_start:ends", own.with_name("my_start.py")
+    module.write_text(own.read_text())
+    with GraderPool(name, workers=1) as graders:
+        module.write_text("import sys\n\nsys.exit(5)\n")
+        with pytest.raises(UserError, match=rf"grader: {name}: its process could not start \(exit status 5;"):
+            graders.grade_many([("x", "1")])
 
 
 def test_equal_comparisons_are_made_once(monkeypatch):

@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import json
 import logging
-import math
 import os
 import resource
 import signal
@@ -20,8 +19,6 @@ from collections.abc import Callable
 
 MEMORY_BYTES = 4 << 30
 RELATIVE = 1e-5
-# Clock seconds for each processor second allowed: generous, since only a worker that waits for nothing should meet it.
-STALLED = 60
 
 
 def close(gold, answer) -> bool:
@@ -56,7 +53,14 @@ def users(name: str) -> Callable[[str, str, bool], tuple[bool, str | None]]:
     """A user's function of (answer text, reference) in place of `compare`."""
     module, _, attribute = name.partition(":")
     function = getattr(importlib.import_module(module), attribute)
-    return lambda reference, answer, marked: (bool(function(answer, reference)), None)
+
+    def judge(reference: str, answer: str, marked: bool) -> tuple[bool, str | None]:
+        verdict = function(answer, reference)
+        if verdict not in (True, False):  # a pair, a text or a share would count as right
+            raise TypeError(f"{name} gave {verdict!r}, not True or False")
+        return bool(verdict), None
+
+    return judge
 
 
 def main() -> None:
@@ -81,7 +85,7 @@ def main() -> None:
         # No handlers: the default action ends the process even inside one long call into C. Processor time, so that a
         # busy machine changes no verdict; the clock is only a backstop.
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        signal.alarm(math.ceil(STALLED * seconds))
+        signal.alarm(settings["clock_s"])
         try:
             correct, found = judge(item["reference"], item["answer"], item["marked"])
             reply = {"correct": bool(correct), "found": found, "failure": None}

@@ -79,21 +79,23 @@ def read_samples(path: AnyPath) -> list[Sample]:
 
 
 def _parsed(path: AnyPath, data: bytes) -> list[Sample]:
-    samples = []
+    samples, lines = [], data.split(b"\n")
     # Split at line feeds only: a response may hold other characters that Python counts as line ends.
-    for number, line in enumerate(data.decode().split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            values = json.loads(line)
+            values = dict(json.loads(line))
             wrong = (REQUIRED - set(values)) | (set(values) - KNOWN)
+            if not wrong:
+                samples.append(Sample(**{**values, "response_ids": tuple(values["response_ids"])}))
         except (ValueError, TypeError):
-            raise UserError(
-                f"samples {path}: line {number} is not a JSON object; remove the file to evaluate again"
-            ) from None
+            remedy = "remove the file to evaluate again"
+            if number == len(lines):  # it has no end
+                remedy = "wait for the evaluation that writes it, or go on with it"
+            raise UserError(f"samples {path}: line {number} is not a JSON object; {remedy}") from None
         if wrong:
             raise UserError(f"samples {path}: line {number}: fields {sorted(wrong)} are missing or unknown")
-        samples.append(Sample(**{**values, "response_ids": tuple(values["response_ids"])}))
     return samples
 
 

@@ -21,9 +21,10 @@ def made_how(rows: Sequence[EvalRow]) -> str:
 def _made_how(row: EvalRow) -> str:
     seed = f", seed {row.seed}" if row.seed is not None else ""
     unasked = f", {row.unasked} without room for their prompts, counted as wrong" if row.unasked else ""
+    failed = f" ({row.grader_failures} comparisons failed, counted as wrong)" if row.grader_failures else ""
     return (
         f"{row.problem_set or 'held out'}: {row.n} problems x {row.samples_per_problem}{unasked}, "
-        f"{_temperature(row)}, {sampled_how(row)}{seed}, graded by {row.grader}"
+        f"{_temperature(row)}, {sampled_how(row)}{seed}, graded by {row.grader}{failed}"
     )
 
 

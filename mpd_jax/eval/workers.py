@@ -5,15 +5,24 @@ Not here: what is asked (grade.py), and what a process does with it (grade_worke
 
 import contextlib
 import json
+import math
 import os
 import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from mpd_jax.types import UserError
+
+# Clock seconds for each processor second allowed: generous, since only a worker that waits for nothing should meet it.
+STALLED = 60
+# After which a worker is ended from here, too: a user's function may have taken its alarm, or left a process behind it.
+GRACE_S = 5.0
 
 
 class _Worker:
@@ -23,16 +32,19 @@ class _Worker:
         # A plain process rather than multiprocessing's spawn: that one would import the caller's main script, and with
         # it jax, in every worker and in every replacement. -P keeps this folder's module names out of its path.
         script, where = str(Path(__file__).with_name("grade_worker.py")), [each or os.getcwd() for each in sys.path]
-        settings = {"seconds": limit_s, "function": function, "path": where if function else []}
+        clock_s = math.ceil(STALLED * limit_s)
+        settings = {"seconds": limit_s, "clock_s": clock_s, "function": function, "path": where if function else []}
         command = [sys.executable, "-P", "-W", "ignore", script, json.dumps(settings)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
         )
         self.ready = False
         self.item: Any = None
+        self._patience_s = clock_s + GRACE_S
+        self.due = time.monotonic() + self._patience_s
 
     def send(self, item: Any, question: dict) -> None:
-        self.item = item
+        self.item, self.due = item, time.monotonic() + self._patience_s
         with contextlib.suppress(BrokenPipeError):  # if it has died, `receive` will say so
             print(json.dumps(question), file=self.process.stdin, flush=True)
 
@@ -79,13 +91,21 @@ class Workers:
             for worker in self.pool:
                 if queue and worker.ready and worker.item is None:
                     worker.send(queue[0], questions[queue.popleft()])
-            for worker in self._waiting():
-                reply = worker.receive()
+            for worker, spoke in self._waiting():
+                reply = worker.receive() if spoke else None
                 if reply is None:
+                    if spoke:  # it has come to its end, and has a status of its own
+                        with contextlib.suppress(subprocess.TimeoutExpired):
+                            worker.process.wait(1.0)
                     status = self._drop(worker)
                     if not worker.ready:
-                        raise RuntimeError(f"a grading process could not start (exit status {status})")
-                    failure = {-signal.SIGPROF: "timeout", -signal.SIGALRM: "stalled"}.get(status, "crash")
+                        raise UserError(
+                            f"grader: {self.function or 'math-verify'}: its process could not start (exit status "
+                            f"{status}; it has {self.limit_s:g} processor seconds a question and 4 GiB): see what it "
+                            "said above, and mend that"
+                        )
+                    ended = {-signal.SIGPROF: "timeout", -signal.SIGALRM: "stalled"}.get(status, "crash")
+                    failure = ended if spoke else "stalled"
                     reply = {"correct": False, "found": None, "failure": failure}
                 worker.ready = True
                 if worker.item is not None:
@@ -97,9 +117,13 @@ class Workers:
         self.pool.remove(worker)
         return worker.close()
 
-    def _waiting(self) -> list[_Worker]:
-        """The workers that have something to say; waits until there is one."""
+    def _waiting(self) -> list[tuple[_Worker, bool]]:
+        """The workers that have something to say, and those that are overdue; waits until there is one."""
+        busy = [worker for worker in self.pool if worker.item is not None or not worker.ready]
         with selectors.DefaultSelector() as selector:
-            for worker in self.pool:
+            for worker in busy:
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)  # pyright: ignore
-            return [key.data for key, _ in selector.select()]
+            patience = max(0.0, min(worker.due for worker in busy) - time.monotonic())
+            spoke = [key.data for key, _ in selector.select(patience)]
+        now = time.monotonic()
+        return [(w, True) for w in spoke] + [(w, False) for w in busy if w not in spoke and w.due <= now]
