@@ -220,8 +220,12 @@ def test_a_broken_sample_file_is_refused_with_the_line(tmp_path):
     write_samples(tmp_path / "s.jsonl", [sample()])
     good = (tmp_path / "s.jsonl").read_text()
     (tmp_path / "s.jsonl").write_text(good + good[: len(good) // 2])
-    with pytest.raises(UserError, match="line 2 is not a JSON object"):
+    with pytest.raises(UserError, match="line 2 is not a JSON object; wait for the evaluation that writes it"):
         read_rows(tmp_path / "s.jsonl")
+    for damaged in (b"\xff" + good.encode(), b"[1]\n", good.replace("[1]", "null").encode()):
+        (tmp_path / "s.jsonl").write_bytes(damaged + good.encode())
+        with pytest.raises(UserError, match=r"line 1(:| is not a JSON object; remove the file)"):
+            read_rows(tmp_path / "s.jsonl")
     (tmp_path / "s.jsonl").write_text(good.replace('"ended"', '"finish"'))
     with pytest.raises(UserError, match=r"line 1.*ended.*finish"):
         read_rows(tmp_path / "s.jsonl")
@@ -337,6 +341,20 @@ def test_votes_are_for_answers_not_for_spellings():
     spellings = ["1/2", "0.5", "\\frac{1}{2}", "7", "7"]
     samples = [sample(attempt=k, extracted=x, correct=k < 3) for k, x in enumerate(spellings)]
     assert rows_of(samples)[0].maj_at_k.mean == 1.0
+
+
+@pytest.mark.parametrize("correct", [False, True])
+def test_right_answers_per_thousand_tokens_have_an_interval_where_all_are_alike(correct):
+    worth = row([correct] * 10).right_per_1000_tokens
+    assert worth.mean == (100 if correct else 0) and 20 < worth.upper - worth.lower < 50
+    assert worth.lower <= worth.mean <= worth.upper
+    one = row([correct]).right_per_1000_tokens
+    assert one.upper - one.lower > 90
+
+
+def test_comparisons_that_failed_are_told_beside_every_figure():
+    rows = rows_of([sample(i, correct=False, failure="TypeError" if i < 3 else None) for i in range(5)])
+    assert "graded by rules (3 comparisons failed, counted as wrong)" in " ".join(shown(table(rows)).split())
 
 
 def test_tokens_are_told_as_mean_median_and_90th_percentile():

@@ -5,6 +5,7 @@
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -155,6 +156,14 @@ def test_the_paired_test_is_mcnemars_exact_one_for_single_attempts():
         tail = sum(math.comb(n, i) for i in range(max(better, worse), n + 1)) / 2**n
         assert sign_flip_test(difference_P) == pytest.approx(min(1.0, 2 * tail), abs=0.02)
     assert sign_flip_test(np.zeros(9)) == 1.0
+
+
+def test_the_paired_test_of_thousands_of_problems_fits_into_memory():
+    tracemalloc.start()
+    p = sign_flip_test(np.repeat([1.0, -1.0], [2600, 2400]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert p < 0.02 and peak < 200e6
 
 
 def test_the_paired_test_rejects_no_difference_as_seldom_as_it_says():

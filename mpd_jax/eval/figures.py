@@ -196,8 +196,11 @@ def _vote(sample: Sample) -> Any:
 def _scaled(scale: float, top_P: np.ndarray, bottom_P: np.ndarray) -> Interval:
     if not len(bottom_P) or not bottom_P.mean():
         return Interval(0.0, 0.0, 0.0)
-    mean, lower, upper = (scale * x for x in ratio_interval(top_P, bottom_P))
-    return Interval(mean, max(0.0, lower), upper if math.isfinite(upper) else mean)
+    mean, lower, upper = ratio_interval(top_P, bottom_P)
+    if np.ptp(top_P) == 0:  # the linear form knows of no spread there, as little as a bootstrap would
+        low, high = (x / float(bottom_P.mean()) for x in interval(top_P, 0.0, 1.0))
+        lower, upper = (min(lower, low), max(upper, high)) if len(top_P) > 1 else (low, high)
+    return Interval(scale * mean, scale * max(0.0, lower), scale * upper)
 
 
 def parts(samples: Iterable[Sample], of: Literal["level", "subject"]) -> dict[str, EvalRow]:
