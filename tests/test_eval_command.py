@@ -1,7 +1,9 @@
 """`mpd-jax eval`: sets by name, samples kept and gone on with, stored ones graded again and beside a baseline."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +15,15 @@ from typer.testing import CliRunner
 
 from mpd_jax.cli import app
 from mpd_jax.eval import command
-from mpd_jax.eval.samples import UNASKED, read_samples
+from mpd_jax.eval.samples import UNASKED, Sample, read_samples, write_samples
+from mpd_jax.roles import TINY
 from mpd_jax.sampling.sampler import Response
 from mpd_jax.types import UserError
 from tests.fake_server import FakeServer
 
 ROOT = Path(__file__).parent.parent
 MATH500 = ROOT.parent / "shared" / "data" / "math500.jsonl"
+NAMES = ("trained-by-me", "trained, step 12", "base", "trained, step 9")
 FEW = ["eval.temperatures=[1.0]", "eval.max_tokens=16", "eval.concise_row=false"]
 
 
@@ -120,6 +124,53 @@ def test_a_baseline_is_of_the_same_problems_and_the_same_grader(scripted, sets, 
     scripted.calls_left = 0  # both are told before anything is sampled
     with pytest.raises(UserError, match="no samples of the same 3 problems of one at temperature 1"):
         run(sets[:1], tmp_path / "few", "eval.problems=3", against=str(tmp_path / "base"))
+
+
+def test_the_samples_of_another_model_in_the_same_place_are_not_gone_on_with(scripted, sets, tmp_path):
+    model = shutil.copytree(TINY / "student", tmp_path / "model")
+    words = (str(model), None, [*FEW, "sampling.prompt_tokens=96"])
+    command.run(*words, sets=sets[1:], out=str(tmp_path / "out"))
+    command.run(*words, sets=sets[1:], out=str(tmp_path / "out"))
+    weights = next(model.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-4] + b"else")
+    with pytest.raises(UserError, match=r"samples made with other settings \(files = "):
+        command.run(*words, sets=sets[1:], out=str(tmp_path / "out"))
+
+
+def test_no_set_is_stored_where_its_name_would_lead_elsewhere(scripted, sets, tmp_path, monkeypatch):
+    inner = tmp_path / "inner"
+    shutil.copytree(tmp_path, inner, ignore=lambda *_: {"inner"})
+    (inner / "one.jsonl").unlink()
+    monkeypatch.chdir(inner)
+    assert list(run(["."], tmp_path / "out")) == ["inner"]
+    assert list(run([f"{inner}/../inner/two.jsonl"], tmp_path / "other")) == ["two"]
+    (inner / "two.jsonl").rename(inner / "regraded_rules.jsonl")
+    with pytest.raises(UserError, match=r"--set: regraded_rules\.jsonl would be stored as 'regraded_rules'"):
+        run(["regraded_rules.jsonl"], tmp_path / "out")
+
+
+def test_an_out_that_cannot_be_written_is_not_said_to_be_in_use(scripted, sets, tmp_path):
+    (tmp_path / "out" / ".lock").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"--out: .*out could not be written: Is a directory.* another --out"):
+        run(sets, tmp_path / "out")
+
+
+def test_problems_that_were_trained_on_are_not_graded_again_as_held_out(tmp_path, capsys):
+    for name in ("base", "training problems, step 8"):
+        values = {"name": name, "context": "plain", "temperature": 1.0, "problem_id": "p", "attempt": 0}
+        values |= {"reference": "1", "response_ids": (), "text": "", "answer": "1", "tokens": 1.0, "ended": "stopped"}
+        values |= {"reasoning_tokens": None, "max_tokens": 9, "extracted": None, "correct": False, "grader": ""}
+        write_samples(tmp_path / f"{name}.jsonl", [Sample(**values, failure=None)])
+    command.run(str(tmp_path), None, [], regrade=["rules"])
+    said = capsys.readouterr().out
+    assert "base" in said and "training problems" not in said
+
+
+def test_a_baseline_may_be_called_like_a_trained_student(scripted, sets, tmp_path):
+    run(sets[:1], tmp_path / "base")
+    found = [dataclasses.replace(row, name=name) for row in command._stored(str(tmp_path / "base")) for name in NAMES]
+    ids = set(found[0].problem_ids)
+    assert command._baseline_of("one", 1.0, ids, "rules 1", found).name == "trained, step 12"
 
 
 def test_several_names_may_follow_one_set_option(monkeypatch):

@@ -7,6 +7,7 @@ sample is made or graded twice. A run's go to its own evaluations/, those of ano
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
@@ -27,8 +28,9 @@ from mpd_jax.eval.grade import GraderPool
 from mpd_jax.eval.samples import Growing, Sample, growing, read_samples
 from mpd_jax.files import AnyPath
 from mpd_jax.lock import locked
+from mpd_jax.models.locate import fingerprint
 from mpd_jax.roles import ModelFiles, make_sampler, open_model
-from mpd_jax.run import BASE, CONCISE, TRAINED
+from mpd_jax.run import BASE, CONCISE, EXAMPLES, TRAINED
 from mpd_jax.sampling.sampler import Sampler
 from mpd_jax.screen import Screen
 from mpd_jax.serving import Secrets, Serving, unproved
@@ -138,13 +140,22 @@ def _problems(
     found: dict[str, Sequence[Problem]] = {}
     whole = not any(text.startswith("eval.problems=") for text in overrides)
     for each in sets:
-        name = Path(each).stem if re.search(r"[/.]", each) else each.replace(":", "_")
+        name = _called(each)
+        if name.startswith(REGRADED) or not name.strip("."):
+            raise UserError(f"--set: {each} would be stored as {name!r}, which is kept for other things; rename it")
         if name in found:
             raise UserError(f"--set: two sets are called {name!r}; rename one of the files")
         one = dataclasses.replace(settings.problems, heldout=each)
         problems = build.read_problems(one, "heldout", screen.say)
         found[name] = problems if whole else problems[: settings.eval.problems]
     return found
+
+
+def _called(each: str) -> str:
+    """What a set is called in tables, and its directory: by the last part of a path."""
+    if not re.search(r"[/.]", each):
+        return each.replace(":", "_")
+    return Path(each if files.remote(each) or ":" in each else os.path.abspath(each)).stem
 
 
 @contextmanager
@@ -159,7 +170,9 @@ def _alone(home: AnyPath | None) -> Iterator[None]:
         if home is not None:
             try:
                 stack.enter_context(locked(home))
-            except UserError:
+            except UserError as error:
+                if error.__cause__ is not None:  # nobody holds it: it cannot be written
+                    raise UserError(str(error).replace("run.dir", "--out")) from error
                 raise UserError(
                     f"--out: {home} is being filled by another `mpd-jax eval`; wait for it, or choose another"
                 ) from None
@@ -252,9 +265,9 @@ def _sampler(
 
 
 def _made_with(subject: Subject, asked: Asked, source: str, problems: Sequence[Problem]) -> dict[str, Any]:
-    """What the samples depend on. Temperatures, attempts and the number of problems are not among it: with more of
-    them, what is there stays and the rest is made."""
-    settings = subject.settings
+    """What the samples depend on. Temperatures and attempts are not among it: with more of them, what is there stays
+    and the rest is made."""
+    settings, model = subject.settings, subject.model
     content = hashlib.blake2b(digest_size=8)
     for problem in problems:
         content.update(f"{problem.id}\0{problem.question}\0{problem.answer}\0".encode())
@@ -270,7 +283,9 @@ def _made_with(subject: Subject, asked: Asked, source: str, problems: Sequence[P
             "eval": {key: getattr(settings.eval, key) for key in ("top_p", "top_k", "max_tokens")},
             "grader": GraderPool(settings.eval.grader).grader,
             "seed": settings.run.seed,
-            "problems": content.hexdigest(),
+            "problems": f"{len(problems)}, {content.hexdigest()}",
+            # Of another export in the same place half of the samples would be the one's and half the other's.
+            "files": [fingerprint(each, not subject.served) for each in (model.directory, model.adapter) if each],
         }
     )
 
@@ -290,8 +305,9 @@ def _kept(home: AnyPath | None, name: str, label: str, made_with: Mapping[str, A
 
 
 def _files(directory: AnyPath) -> list[tuple[AnyPath, str]]:
-    """Per-sample files, by path and by path within the directory; those that --regrade wrote are left out."""
-    found = [(p, p.name) for p in sorted(directory.glob("*.jsonl"))]
+    """Per-sample files, by path and by path within the directory; those that --regrade wrote are left out, and those
+    of problems that a run was trained on."""
+    found = [(p, p.name) for p in sorted(directory.glob("*.jsonl")) if not p.name.startswith(EXAMPLES)]
     inner = [(p, f"{p.parent.name}/{p.name}") for p in sorted(directory.glob("*/*.jsonl"))]
     return found + [(p, name) for p, name in inner if not name.startswith(REGRADED)]
 
@@ -337,7 +353,9 @@ def _baseline_of(name: str, temperature: float, problem_ids: Set[str], grader: s
             f"--against: it holds no samples of the same {len(problem_ids)} problems of {name or 'the held-out set'} "
             f"at temperature {temperature:g}; it has {tables.made_how(rows)}"
         )
-    best = max(alike, key=lambda r: int(r.name.split()[-1]) if r.name.startswith(TRAINED) else -1)
+    best = max(
+        alike, key=lambda row: int(step[1]) if (step := re.fullmatch(rf"{TRAINED}, step (\d+)", row.name)) else -1
+    )
     if best.grader != grader:
         raise UserError(
             f"--against: it was graded by {best.grader}, and this is by {grader}; set eval.grader alike, for the "
