@@ -291,6 +291,10 @@ def test_samples_made_with_other_settings_are_not_gone_on_with(tmp_path):
         growing(tmp_path / "s.jsonl", {"seed": 4, "model": "a"}),
     ):
         pass
+    for damaged in ("", "{", "[]", '{"settings": [1]}'):
+        (tmp_path / "s.json").write_text(damaged)
+        with pytest.raises(UserError, match="seed = 3, and None there"), growing(tmp_path / "s.jsonl", {"seed": 3}):
+            pass
     with growing(tmp_path / "t.jsonl", {"seed": 3}):
         pass
     with growing(tmp_path / "t.jsonl", {"seed": 4}) as file:  # nothing was made yet

@@ -148,4 +148,5 @@ def settings_of(path: AnyPath) -> dict[str, Any]:
         head = json.loads(files.read(path.with_suffix(".json")) or b"")
     except ValueError:
         return {}
-    return (head.get("settings") or {}) if isinstance(head, dict) else {}
+    settings = head.get("settings") if isinstance(head, dict) else None
+    return settings if isinstance(settings, dict) else {}
