@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from mpd_jax.cli import app
 from mpd_jax.eval import command
+from mpd_jax.eval.figures import rows_of
 from mpd_jax.eval.samples import UNASKED, Sample, read_samples, write_samples
 from mpd_jax.roles import TINY
 from mpd_jax.sampling.sampler import Response
@@ -166,9 +167,22 @@ def test_problems_that_were_trained_on_are_not_graded_again_as_held_out(tmp_path
     assert "base" in said and "training problems" not in said
 
 
+def test_a_baseline_of_another_set_of_the_same_name_is_refused(scripted, sets, tmp_path):
+    run(sets[1:], tmp_path / "base")
+    path = Path(sets[1])
+    path.write_text(path.read_text().replace('"answer": "3"', '"answer": "33"'))
+    scripted.calls_left = 0
+    with pytest.raises(UserError, match="--against: problem 'two3' has the answer '3' there and '33' here"):
+        run(sets[1:], tmp_path / "out", against=str(tmp_path / "base"))
+
+
 def test_a_baseline_may_be_called_like_a_trained_student(scripted, sets, tmp_path):
     run(sets[:1], tmp_path / "base")
-    found = [dataclasses.replace(row, name=name) for row in command._stored(str(tmp_path / "base")) for name in NAMES]
+    found = [
+        dataclasses.replace(row, name=name)
+        for row in rows_of(command._stored(str(tmp_path / "base")))
+        for name in NAMES
+    ]
     ids = set(found[0].problem_ids)
     assert command._baseline_of("one", 1.0, ids, "rules 1", found).name == "trained, step 12"
 

@@ -92,8 +92,10 @@ def run(
     )
     screen = Screen()
     problems = _problems(subject.settings, sets, overrides, screen)
-    baseline = _stored(against) if against else []
+    stored = _stored(against) if against else []
+    baseline = figures.rows_of(stored)
     if baseline:  # what does not fit is told before anything is sampled
+        _require_same_answers(problems, stored)
         grader = GraderPool(subject.settings.eval.grader).grader
         for name, found in problems.items():
             for temperature in subject.settings.eval.temperatures:
@@ -331,15 +333,27 @@ def _regrade(directory: AnyPath, source: str, graders: Sequence[str]) -> None:
         console.print(tables.formats(of_set))
 
 
-def _stored(against: str) -> list[EvalRow]:
-    """The rows of a baseline: of a run directory, or of a directory that --out named."""
+def _stored(against: str) -> list[Sample]:
+    """The samples of a baseline: of a run directory, or of a directory that --out named."""
     directory = files.path(against)
     if files.is_file(directory / "config.yaml"):
         directory = directory / "evaluations"
-    rows = [row for path, _ in _files(directory) for row in figures.rows_of(read_samples(path))]
-    if not rows:
+    samples = [sample for path, _ in _files(directory) for sample in read_samples(path)]
+    if not samples:
         raise UserError(f"--against: {against} holds no samples; give a run, or a directory that --out named")
-    return rows
+    return samples
+
+
+def _require_same_answers(problems: Mapping[str, Sequence[Problem]], stored: Sequence[Sample]) -> None:
+    """UserError where the baseline is of another set of the same name: where ids are numbers, they are the same too."""
+    answers = {(name, problem.id): problem.answer or "" for name, found in problems.items() for problem in found}
+    for sample in stored:
+        answer = answers.get((sample.problem_set, sample.problem_id), sample.reference)
+        if answer != sample.reference:
+            raise UserError(
+                f"--against: problem {sample.problem_id!r} has the answer {sample.reference!r} there and {answer!r} "
+                "here: it is another set of that name; evaluate both on the same problems"
+            )
 
 
 def _baseline_of(name: str, temperature: float, problem_ids: Set[str], grader: str, rows: Sequence[EvalRow]) -> EvalRow:
