@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -227,7 +228,7 @@ def test_long_texts_are_cut_and_a_report_stays_small(tmp_path, encode, monkeypat
     monkeypatch.setattr(command, "EXAMPLE_BYTES", 400_000)
     run = write_run(tmp_path / "run", encode)
     long = "".join(f"word{i} & " for i in range(4000))
-    many = [replace(sample("base", 0, 100, True, long), problem_id=f"p{i}") for i in range(12)]
+    many = [replace(sample("base", 0, 100, True, long), problem_id=f"p{i}") for i in range(8)]
     evaluated(run, "base", many)
     evaluated(run, "trained, step 2", [replace(s, name="trained, step 2") for s in many])
     page = written(tmp_path, run)
@@ -243,6 +244,80 @@ def test_a_long_run_has_no_more_points_than_a_picture_shows(tmp_path, encode):
     (run / "metrics.jsonl").write_text(metrics(5000))
     written(tmp_path, run)
     assert len((tmp_path / "report.html").read_text()) - short < 200_000
+
+
+def test_of_many_long_runs_curves_have_fewer_points_and_texts_the_room_that_is_left(tmp_path, encode, monkeypatch):
+    run = write_run(tmp_path / "run", encode)
+    (run / "metrics.jsonl").write_text(metrics(300))
+    many = [shutil.copytree(run, tmp_path / f"run{i}") for i in range(8)]
+    sizes, shown = [], []
+    for runs in ([run], many, many):
+        shown.append(len(written(tmp_path, *runs).named("details", **{"class": "example"})))
+        sizes.append((tmp_path / "report.html").stat().st_size)
+        monkeypatch.setattr(command, "MOST_BYTES", max(sizes) if len(sizes) > 1 else command.MOST_BYTES)
+    assert shown[:2] == [16, 8 * 16] and 0 < shown[2] < 8 * 16
+    assert sizes[1] < 6 * sizes[0] and sizes[2] <= sizes[1]
+    monkeypatch.setattr(command, "MOST_BYTES", sizes[0])
+    with pytest.raises(UserError, match=r"of 8 runs alone take .* give fewer runs"):
+        written(tmp_path, *many)
+
+
+def test_a_run_given_twice_stands_once(tmp_path, encode, monkeypatch):
+    run = write_run(tmp_path / "run", encode)
+    monkeypatch.chdir(tmp_path)
+    assert not written(tmp_path, run, "run", "./run/").named("select", name="run")
+
+
+def test_figures_that_are_no_numbers_are_not_drawn(tmp_path, encode):
+    run = write_run(tmp_path / "run", encode)
+    rows = [json.loads(line) for line in metrics(4).splitlines()]
+    rows[1]["loss"], rows[2]["grad_norm"] = float("nan"), float("inf")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    written(tmp_path, run)
+    assert not re.search(r"\b(nan|inf)\b", (tmp_path / "report.html").read_text())
+
+
+def test_half_a_character_is_shown_as_unknown(tmp_path, encode):
+    run = write_run(tmp_path / "run", encode)
+    path = run / "evaluations" / "base.jsonl"
+    path.write_text(path.read_text().replace("Leo starts", "Leo \\ud835 starts"))
+    assert "Leo ? starts" in written(tmp_path, run).text
+
+
+def test_what_cannot_be_read_or_graded_is_said(tmp_path, encode):
+    run = write_run(tmp_path / "run", encode)
+    for name in ("summary.json", "evaluations/trained, step 2.jsonl"):
+        (run / name).unlink()
+        (run / name).mkdir()
+    text = (run / "config.yaml").read_text()
+    assert "grader: rules" in text
+    (run / "config.yaml").write_text(text.replace("grader: rules", "grader: not_there.module:function"))
+    page = written(tmp_path, run)
+    assert "summary.json: unreadable" in page.text and "123.5 → 63.5" in page.text
+    assert "what is right among texts of training is not known" in page.text or "config.yaml: this version" in page.text
+
+
+def test_an_evaluation_that_is_under_way_is_said_to_be(tmp_path, encode):
+    run = write_run(tmp_path / "run", encode)
+    (run / "evaluations" / "base.json").write_text('{"settings": {}}')
+    assert "evaluations/base.jsonl: the evaluation is not over" in written(tmp_path, run).text
+
+
+def test_what_was_graded_or_cut_otherwise_is_not_set_against_the_untrained_student(tmp_path, encode):
+    run = write_run(tmp_path / "run", encode)
+    assert "+25.0" in written(tmp_path, run).text
+    for change in ({"grader": "boxed 1"}, {"max_tokens": 512}):
+        trained = [replace(sample("trained, step 2", i, 60, True), **change) for i in range(8)]
+        evaluated(run, "trained, step 2", trained)
+        page = written(tmp_path, run)
+        assert "50.0 → 100.0" in page.text and "+50.0" not in page.text
+
+
+def test_a_report_that_cannot_be_written_says_so(tmp_path, encode):
+    run = write_run(tmp_path / "run", encode)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out: .*file/report.html could not be written: .*choose another place"):
+        command.run([str(run)], str(tmp_path / "file" / "report.html"))
 
 
 def answer(correct, text="a"):

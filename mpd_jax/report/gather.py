@@ -130,9 +130,12 @@ def name_runs(runs: Sequence[RunFiles]) -> None:
 
 
 def _text(run: RunFiles, name: str, what: str, if_absent: str) -> str | None:
-    data = files.read(run.path / name)
+    try:
+        data, why = files.read(run.path / name), "absent"
+    except (OSError, UserError) as error:
+        data, why = None, f"unreadable ({error})"
     if data is None:
-        run.missing.append(f"{name}: absent; {if_absent}")
+        run.missing.append(f"{name}: {why}; {if_absent}")
         return None
     run.sources.append((name, what, size(len(data))))
     return data.decode(errors="replace")
@@ -199,7 +202,10 @@ def _read_evaluations(run: RunFiles) -> None:
             rows = [(row.summary(), row) for row in rows_of(samples)]
             _keep(run, inner, path.stem, samples)
             run.sources.append((where, "every sample: accuracy, tokens, answers", f"{len(samples):,} samples"))
-        except (UserError, ValueError) as error:
+            if not _stored_rows(path.with_suffix(".json")):
+                left = "its figures are those of the samples that are there" if rows else "it holds no samples yet"
+                run.missing.append(f"{where}: the evaluation is not over; {left}")
+        except (OSError, UserError, ValueError, LookupError, TypeError, ArithmeticError) as error:
             rows = [(figures, None) for figures in _stored_rows(path.with_suffix(".json"))]
             left = f"its figures are those of {path.stem}.json" if rows else "it is left out"
             run.missing.append(f"{where}: {error}; {left}")
@@ -216,11 +222,11 @@ def _keep(run: RunFiles, inner: str, stem: str, samples: Sequence[Sample]) -> No
 
 
 def _stored_rows(path: AnyPath) -> list[dict[str, Any]]:
-    """The rows that stand beside an evaluation's samples; none if they cannot be read."""
+    """The rows that stand beside an evaluation's samples once it is over; none if they cannot be read."""
     try:
         rows = json.loads(files.read(path) or b"")["rows"]
         return [row for row in rows if {"name", "temperature", "accuracy", "mean_tokens"} <= row.keys()]
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, UserError, ValueError, LookupError, TypeError, AttributeError):
         return []
 
 
@@ -254,7 +260,9 @@ def _read_summary(run: RunFiles) -> None:
 
 
 def _list_trajectories(run: RunFiles) -> None:
-    found = {_step_of(path): path for path in (run.path / "trajectories").glob("step_*.jsonl*") if _is_final(path)}
+    # Where an earlier version left one and this version another, the latter counts: it is the last by name.
+    paths = sorted((run.path / "trajectories").glob("step_*.jsonl*"), key=str)
+    found = {_step_of(path): path for path in paths if _is_final(path)}
     run.trajectories = [found[step] for step in sorted(found)]
     if not found:
         run.missing.append("trajectories/: there are none, so no texts of training")
