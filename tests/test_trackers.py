@@ -135,8 +135,10 @@ def test_metrics_hand_on_each_row_at_a_start_and_after_a_rollback(tmp_path):
 def test_trackers_are_closed_where_the_last_rows_cannot_be_written(tmp_path, monkeypatch):
     noted = Noted()
     metrics = Metrics(tmp_path, 0, trackers=Trackers({"noted": noted}, print))
+    close = metrics._lines.close
 
     def full():
+        close()
         raise UserError("no space")
 
     monkeypatch.setattr(metrics._lines, "close", full)
