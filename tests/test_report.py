@@ -20,8 +20,9 @@ from mpd_jax.report import charts, command, examples
 from mpd_jax.report.examples import Answer, Example, difference
 from mpd_jax.report.gather import gather, name_runs
 from mpd_jax.roles import TINY
+from mpd_jax.train.records import Records
 from mpd_jax.types import UserError
-from tests.run_files import PROBLEMS, evaluated, metrics, sample, write_run
+from tests.run_files import PROBLEMS, evaluated, metrics, sample, trajectory, write_run
 
 HOSTILE = '<script>alert("1")</script></pre>&amp;<img src=x onerror=alert(2)>'
 VOID = {"meta", "link", "br", "input", "hr", "img"}
@@ -187,7 +188,7 @@ def test_damaged_trajectories_and_an_unknown_config_are_said(tmp_path, encode):
     path = run / "trajectories" / "step_000000.jsonl.gz"
     path.write_bytes(path.read_bytes()[:-9])
     page = written(tmp_path, run)
-    assert "step_000000.jsonl.gz: damaged, and left out of the examples" in page.text
+    assert "step_000000.jsonl.gz: left out of the examples: damaged" in page.text
     (run / "config.yaml").write_text("key: of another version\n")
     page = written(tmp_path, run)
     assert "config.yaml: this version cannot read it" in page.text and "key: of another version" in page.text
@@ -228,7 +229,7 @@ def test_long_texts_are_cut_and_a_report_stays_small(tmp_path, encode, monkeypat
     monkeypatch.setattr(command, "EXAMPLE_BYTES", 400_000)
     run = write_run(tmp_path / "run", encode)
     long = "".join(f"word{i} & " for i in range(4000))
-    many = [replace(sample("base", 0, 100, True, long), problem_id=f"p{i}") for i in range(8)]
+    many = [replace(sample("base", 0, 100, True, long), problem_id=f"p{i}") for i in range(12)]
     evaluated(run, "base", many)
     evaluated(run, "trained, step 2", [replace(s, name="trained, step 2") for s in many])
     page = written(tmp_path, run)
@@ -295,6 +296,27 @@ def test_what_cannot_be_read_or_graded_is_said(tmp_path, encode):
     page = written(tmp_path, run)
     assert "summary.json: unreadable" in page.text and "123.5 → 63.5" in page.text
     assert "what is right among texts of training is not known" in page.text or "config.yaml: this version" in page.text
+
+
+def test_values_that_nobody_wrote_are_damage_and_no_end_of_the_report(tmp_path, encode):
+    run = write_run(tmp_path / "run", encode)
+    path, rows = run / "evaluations" / "base.jsonl", []
+    for change in ({"text": None}, {"tokens": float("nan")}):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, **change}) + "\n" for row in rows))
+        assert "base.jsonl: sample 1 is damaged" in written(tmp_path, run).text
+    odd = [{"verdicts": [1]}, {"divergence_by_position": 3}, {"divergence_by_position": [{}]}, {"train_share": "a"}]
+    lines = [json.dumps({"step": number, **row}) + "\n" for number, row in enumerate(odd)]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    (run / "summary.json").write_text(json.dumps({"rows": [{"name": "base, cut at 9"}], "versions": [1]}))
+    (run / "evaluations" / "base.json").write_text(json.dumps({"rows": [{"name": "base", "temperature": "hot"}]}))
+    other = replace(trajectory(0, encode), response=(10**9,))
+    Records(run, seed=0).save(0, [other])
+    page = written(tmp_path, run)
+    assert "metrics.jsonl: lines 1, 2, 3, 4 are damaged" in page.text and "summary.json: damaged" in page.text
+    assert "ids that the student's tokenizer has not" in page.text
+    (run / "config.yaml").write_text("\0")
+    assert "\0" not in (written(tmp_path, run), (tmp_path / "report.html").read_text())[1]
 
 
 def test_an_evaluation_that_is_under_way_is_said_to_be(tmp_path, encode):

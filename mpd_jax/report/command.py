@@ -189,8 +189,8 @@ def render(runs: Sequence[RunFiles], headlines: Sequence[Headline], screen: Scre
 
 
 def _whole(text: str) -> str:
-    """Characters that are half of one, as data sets have them, cannot be written: a sign for what is unknown."""
-    return text.encode("utf-8", "replace").decode()
+    """Without what no page may hold: NUL, and characters that are half of one, as data sets have them."""
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
 
 def percent(value: float | None) -> str:

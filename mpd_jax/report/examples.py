@@ -138,12 +138,15 @@ def _trajectories(run: RunFiles) -> tuple[Chat | None, list[Trajectory]]:
         run.missing.append(f"trajectories/: ids without text, for the student's tokenizer cannot be read ({error})")
         return None, []
     made: dict[tuple[str, int], Trajectory] = {}
+    known = range(chat.vocab_size)
     for path in run.trajectories:
         try:
             for t in read_trajectories(path)[1]:
+                if not all(i in known for part in (t, t.original or t) for i in (*part.prompt, *part.response)):
+                    raise ValueError("ids that the student's tokenizer has not")
                 made.setdefault((t.problem_id, t.attempt), t)
-        except ValueError:
-            run.missing.append(f"trajectories/{path.name}: damaged, and left out of the examples")
+        except ValueError as error:
+            run.missing.append(f"trajectories/{path.name}: left out of the examples: {error}")
         if len(made) >= CANDIDATES:
             break
     return chat, list(made.values())[:CANDIDATES]
