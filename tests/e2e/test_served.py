@@ -110,6 +110,7 @@ def server(teacher):
         yield server
 
 
+@pytest.mark.slow
 def test_rewriting_on_a_server_that_dies_trains_the_same_student(tmp_path, server, here, compiled, capsys):
     dying = Dying(server, at=3)
     served = trained(tmp_path / "served", compiled, f"teacher.serve={server.url}")
