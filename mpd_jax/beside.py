@@ -79,8 +79,11 @@ def _columns(streams: Sequence[Stream], console: Console, height: int | None = N
     width = console.width // len(streams) - 2
     for stream in streams:
         table.add_column(f"{stream.label}: {stream.count}", ratio=1, overflow="fold", header_style="bold")
-    texts = [Text(stream.text) for stream in streams]
-    if height is not None:
-        texts = [Text("\n").join(text.wrap(console, width)[-max(height, 1) :]) for text in texts]
-    table.add_row(*texts)
+    if height is None:
+        table.add_row(*(Text(stream.text) for stream in streams))
+        return table
+    most = max(height, 1)
+    # Every token draws anew: of a long text only the lines that may be seen are wrapped.
+    ends = [Text("\n".join(stream.text.rsplit("\n", most)[-most:])) for stream in streams]
+    table.add_row(*(Text("\n").join(end.wrap(console, width)[-most:]) for end in ends))
     return table

@@ -201,7 +201,7 @@ def build(
     roles: Roles | None = None,
 ) -> tuple[Run, RunState]:
     """Everything a run needs, in the order of the module's list. roles: if they are open already."""
-    trackers.require(config.train.trackers, secrets)
+    hosts.from_main(lambda: trackers.require(config.train.trackers, secrets))  # they are its alone
     mesh = make_mesh(config.mesh)
     roles = roles or open_roles(config)
     hosts.check()  # here and below: between steps that take minutes where models are large

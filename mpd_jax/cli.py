@@ -415,8 +415,7 @@ def dedup(
     size: Annotated[int, typer.Option(help="Words, numbers and signs in a row that are compared.")] = 5,
     as_json: Json = False,
 ) -> None:
-    """Find problems to train on that are near-duplicates of evaluation problems; with problems.kept a run leaves them
-    out."""
+    """Find near-duplicates of evaluation problems among those to train on; problems.kept then leaves them out."""
     from mpd_jax import dedup
     from mpd_jax.config import load
 

@@ -75,15 +75,16 @@ class ModelFiles:
         return jax.jit(self.adapted.init, out_shardings=self.adapted.shardings(mesh))(jax.random.key(seed))
 
 
-def open_model(key: str, spec: ModelSpec, contexts: Contexts) -> ModelFiles:
-    """The files of a config section `key` (student, teacher, rewriter). Errors name the section."""
+def open_model(key: str, spec: ModelSpec, contexts: Contexts, weights: bool = True) -> ModelFiles:
+    """The files of a config section `key` (student, teacher, rewriter). Errors name the section. weights: whether a
+    model that is elsewhere is fetched with its weights."""
     kind, _, name = spec.path.partition(":")
     if kind == "tiny" and name not in ("student", "teacher"):
         raise UserError(
             f"{key}.path: {spec.path!r} is not allowed; tiny:student and tiny:teacher ship with the package"
         )
     try:
-        directory = TINY / name if kind == "tiny" else locate(spec.path, spec.revision)
+        directory = TINY / name if kind == "tiny" else locate(spec.path, spec.revision, weights)
         stops = eos_ids(directory)
         model = described(load_config(directory), spec)
         chat = Chat(directory, stops, spec.thinking, contexts)

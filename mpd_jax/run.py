@@ -42,6 +42,7 @@ from mpd_jax.train.state import RunState
 from mpd_jax.types import Problem, UserError
 
 MOST_EXAMPLES = 64
+SEARCHED = 1024  # problems among which they are looked for, where few or none have an answer
 
 # What may change between two starts of one run: how it is carried out, what is measured, and what has to change for a
 # run that failed to go on. Everything else would make it another run.
@@ -229,7 +230,7 @@ class Judged:
         steps they show what it learnt. Once each, at the first temperature; those without an answer are left out."""
         run, at, found = self.run, self.run.parts.problems.at, dict[str, Problem]()
         wanted = min(run.config.eval.problems, MOST_EXAMPLES)
-        for step in range(state.step):
+        for step in range(min(state.step, -(-SEARCHED // run.config.train.batch_size))):
             found |= {problem.id: problem for problem in at(step) if (problem.answer or "").strip()}
             if len(found) >= wanted:
                 break
@@ -241,7 +242,7 @@ class Judged:
         )
         if run.student_sampler.version != state.step:
             run.load_student(state.weights, state.step)
-        self._evaluate(name, "plain", list(found.values()), once)
+        self._evaluate(name, "plain", list(found.values()), once, EXAMPLES)
 
     def forget_after(self, step: int) -> None:
         """Removes what was measured of later steps: a resumed run may come to other weights there."""
@@ -278,8 +279,14 @@ class Judged:
         return _evaluation_head(self.run.parts.run_dir, name)
 
     def _evaluate(
-        self, name: str, context: str, problems: Sequence[Problem] | None = None, how: EvalConfig | None = None
+        self,
+        name: str,
+        context: str,
+        problems: Sequence[Problem] | None = None,
+        how: EvalConfig | None = None,
+        problem_set: str = "",
     ) -> list[EvalRow]:
+        """On the held-out problems by the config, unless others are given, with the name of what they are."""
         path, run = self._path(name), self.run
         problems, how = run.heldout if problems is None else problems, how or run.config.eval
         if self._stored(name):
@@ -294,6 +301,7 @@ class Judged:
                 how,
                 seed=run.config.run.seed,
                 context=context,
+                problem_set=problem_set,
                 out_path=path,
                 progress=stopping(advance),
             )

@@ -97,6 +97,18 @@ def test_only_files_of_a_model_are_asked_for(monkeypatch, tmp_path):
     assert (asked["name"], asked["revision"]) == ("Owner/a.model", COMMIT)
 
 
+def test_without_weights_a_model_is_its_description(monkeypatch, tmp_path, bucket):
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.update(kw) or tmp_path)
+    locate("Owner/a.model", COMMIT, weights=False)
+    assert [*huggingface_hub.utils.filter_repo_objects(FILES, allow_patterns=asked["allow_patterns"])] == [
+        name for name in FILES if name != "model.safetensors"
+    ]
+    described = locate("gs://bucket/model", weights=False)
+    assert not (described / "model.safetensors").exists() and (described / "config.json").exists()
+    assert (locate("gs://bucket/model") / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     "error, text",
     [

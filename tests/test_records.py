@@ -128,6 +128,17 @@ def test_of_so_many_steps_they_stay_and_of_the_first(tmp_path):
     assert kept == [*range(FIRST), 11, 12, 13]
 
 
+def test_a_cap_that_came_later_removes_what_there_is_too(tmp_path):
+    for step in range(14):
+        Records(tmp_path, seed=7).save(step, [trajectory()])
+    later = Records(tmp_path, seed=7, keep=3)
+    later.save(14, [trajectory()])
+    steps = lambda: sorted(int(name[5:11]) for name in os.listdir(later.directory))  # noqa: E731
+    assert steps() == [*range(FIRST), 12, 13, 14]
+    later.save(17, [trajectory()])  # those between were read from disk
+    assert steps() == [*range(FIRST), 17]
+
+
 def test_trajectories_of_another_run_are_refused_and_of_other_settings_made_again(tmp_path):
     Records(tmp_path, seed=7).save(0, [trajectory()])
     with pytest.raises(UserError, match=r"run.seed = 7"):

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -19,8 +20,9 @@ from mpd_jax.report import charts, command, examples
 from mpd_jax.report.examples import Answer, Example, difference
 from mpd_jax.report.gather import gather, name_runs
 from mpd_jax.roles import TINY
+from mpd_jax.train.records import Records
 from mpd_jax.types import UserError
-from tests.run_files import PROBLEMS, evaluated, metrics, sample, write_run
+from tests.run_files import PROBLEMS, evaluated, metrics, sample, trajectory, write_run
 
 HOSTILE = '<script>alert("1")</script></pre>&amp;<img src=x onerror=alert(2)>'
 VOID = {"meta", "link", "br", "input", "hr", "img"}
@@ -186,7 +188,7 @@ def test_damaged_trajectories_and_an_unknown_config_are_said(tmp_path, encode):
     path = run / "trajectories" / "step_000000.jsonl.gz"
     path.write_bytes(path.read_bytes()[:-9])
     page = written(tmp_path, run)
-    assert "step_000000.jsonl.gz: damaged, and left out of the examples" in page.text
+    assert "step_000000.jsonl.gz: left out of the examples: damaged" in page.text
     (run / "config.yaml").write_text("key: of another version\n")
     page = written(tmp_path, run)
     assert "config.yaml: this version cannot read it" in page.text and "key: of another version" in page.text
@@ -243,6 +245,101 @@ def test_a_long_run_has_no_more_points_than_a_picture_shows(tmp_path, encode):
     (run / "metrics.jsonl").write_text(metrics(5000))
     written(tmp_path, run)
     assert len((tmp_path / "report.html").read_text()) - short < 200_000
+
+
+def test_of_many_long_runs_curves_have_fewer_points_and_texts_the_room_that_is_left(tmp_path, encode, monkeypatch):
+    run = write_run(tmp_path / "run", encode)
+    (run / "metrics.jsonl").write_text(metrics(300))
+    many = [shutil.copytree(run, tmp_path / f"run{i}") for i in range(8)]
+    sizes, shown = [], []
+    for runs in ([run], many, many):
+        shown.append(len(written(tmp_path, *runs).named("details", **{"class": "example"})))
+        sizes.append((tmp_path / "report.html").stat().st_size)
+        monkeypatch.setattr(command, "MOST_BYTES", max(sizes) if len(sizes) > 1 else command.MOST_BYTES)
+    assert shown[:2] == [16, 8 * 16] and 0 < shown[2] < 8 * 16
+    assert sizes[1] < 6 * sizes[0] and sizes[2] <= sizes[1]
+    monkeypatch.setattr(command, "MOST_BYTES", sizes[0])
+    with pytest.raises(UserError, match=r"of 8 runs alone take .* give fewer runs"):
+        written(tmp_path, *many)
+
+
+def test_a_run_given_twice_stands_once(tmp_path, encode, monkeypatch):
+    run = write_run(tmp_path / "run", encode)
+    monkeypatch.chdir(tmp_path)
+    assert not written(tmp_path, run, "run", "./run/").named("select", name="run")
+
+
+def test_figures_that_are_no_numbers_are_not_drawn(tmp_path, encode):
+    run = write_run(tmp_path / "run", encode)
+    rows = [json.loads(line) for line in metrics(4).splitlines()]
+    rows[1]["loss"], rows[2]["grad_norm"] = float("nan"), float("inf")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    written(tmp_path, run)
+    assert not re.search(r"\b(nan|inf)\b", (tmp_path / "report.html").read_text())
+
+
+def test_half_a_character_is_shown_as_unknown(tmp_path, encode):
+    run = write_run(tmp_path / "run", encode)
+    path = run / "evaluations" / "base.jsonl"
+    path.write_text(path.read_text().replace("Leo starts", "Leo \\ud835 starts"))
+    assert "Leo ? starts" in written(tmp_path, run).text
+
+
+def test_what_cannot_be_read_or_graded_is_said(tmp_path, encode):
+    run = write_run(tmp_path / "run", encode)
+    for name in ("summary.json", "evaluations/trained, step 2.jsonl"):
+        (run / name).unlink()
+        (run / name).mkdir()
+    text = (run / "config.yaml").read_text()
+    assert "grader: rules" in text
+    (run / "config.yaml").write_text(text.replace("grader: rules", "grader: not_there.module:function"))
+    page = written(tmp_path, run)
+    assert "summary.json: unreadable" in page.text and "123.5 → 63.5" in page.text
+    assert "what is right among texts of training is not known" in page.text or "config.yaml: this version" in page.text
+
+
+def test_values_that_nobody_wrote_are_damage_and_no_end_of_the_report(tmp_path, encode):
+    run = write_run(tmp_path / "run", encode)
+    path, rows = run / "evaluations" / "base.jsonl", []
+    for change in ({"text": None}, {"tokens": float("nan")}):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, **change}) + "\n" for row in rows))
+        assert "base.jsonl: sample 1 is damaged" in written(tmp_path, run).text
+    odd = [{"verdicts": [1]}, {"divergence_by_position": 3}, {"divergence_by_position": [{}]}, {"train_share": "a"}]
+    lines = [json.dumps({"step": number, **row}) + "\n" for number, row in enumerate(odd)]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    (run / "summary.json").write_text(json.dumps({"rows": [{"name": "base, cut at 9"}], "versions": [1]}))
+    (run / "evaluations" / "base.json").write_text(json.dumps({"rows": [{"name": "base", "temperature": "hot"}]}))
+    other = replace(trajectory(0, encode), response=(10**9,))
+    Records(run, seed=0).save(0, [other])
+    page = written(tmp_path, run)
+    assert "metrics.jsonl: lines 1, 2, 3, 4 are damaged" in page.text and "summary.json: damaged" in page.text
+    assert "ids that the student's tokenizer has not" in page.text
+    (run / "config.yaml").write_text("\0")
+    assert "\0" not in (written(tmp_path, run), (tmp_path / "report.html").read_text())[1]
+
+
+def test_an_evaluation_that_is_under_way_is_said_to_be(tmp_path, encode):
+    run = write_run(tmp_path / "run", encode)
+    (run / "evaluations" / "base.json").write_text('{"settings": {}}')
+    assert "evaluations/base.jsonl: the evaluation is not over" in written(tmp_path, run).text
+
+
+def test_what_was_graded_or_cut_otherwise_is_not_set_against_the_untrained_student(tmp_path, encode):
+    run = write_run(tmp_path / "run", encode)
+    assert "+25.0" in written(tmp_path, run).text
+    for change in ({"grader": "boxed 1"}, {"max_tokens": 512}):
+        trained = [replace(sample("trained, step 2", i, 60, True), **change) for i in range(8)]
+        evaluated(run, "trained, step 2", trained)
+        page = written(tmp_path, run)
+        assert "50.0 → 100.0" in page.text and "+50.0" not in page.text
+
+
+def test_a_report_that_cannot_be_written_says_so(tmp_path, encode):
+    run = write_run(tmp_path / "run", encode)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out: .*file/report.html could not be written: .*choose another place"):
+        command.run([str(run)], str(tmp_path / "file" / "report.html"))
 
 
 def answer(correct, text="a"):

@@ -132,6 +132,21 @@ def test_metrics_hand_on_each_row_at_a_start_and_after_a_rollback(tmp_path):
     assert noted.told[6:] == [([0], False), "closed"]
 
 
+def test_trackers_are_closed_where_the_last_rows_cannot_be_written(tmp_path, monkeypatch):
+    noted = Noted()
+    metrics = Metrics(tmp_path, 0, trackers=Trackers({"noted": noted}, print))
+    close = metrics._lines.close
+
+    def full():
+        close()
+        raise UserError("no space")
+
+    monkeypatch.setattr(metrics._lines, "close", full)
+    with pytest.raises(UserError, match="no space"):
+        metrics.close()
+    assert noted.told[-1] == "closed"
+
+
 class FakeWandb:
     """What the library keeps of runs by id: like its server, a run counts its steps and takes none twice."""
 

@@ -88,6 +88,7 @@ def evaluate(
     *,
     seed: int,
     context: str = "plain",
+    problem_set: str = "",
     out_path: AnyPath | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[EvalRow]:
@@ -98,7 +99,9 @@ def evaluate(
     out_path: JSONL of all samples, written whole at the end. progress: told the responses finished so far, of
     `count(problems, config)`.
     """
-    samples = graded(name, sampler, chat, problems, config, seed=seed, context=context, progress=progress)
+    samples = graded(
+        name, sampler, chat, problems, config, seed=seed, context=context, problem_set=problem_set, progress=progress
+    )
     if out_path is not None:
         write_samples(out_path, samples)
     return rows_of(samples) if hosts.is_main() else []

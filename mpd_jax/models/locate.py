@@ -6,6 +6,7 @@ Remote files are copied to a cache on this machine once. Only the files that a m
 import fcntl
 import re
 import shutil
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -31,17 +32,19 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def locate(path: str, revision: str | None = None) -> Path:
+def locate(path: str, revision: str | None = None, weights: bool = True) -> Path:
     """The local directory of a model's files, downloaded if need be. UserError if there is none.
+
+    weights: whether those are needed too, and not only what describes the model and its tokenizer.
 
     path: a local directory, gs://bucket/directory, or a hub id `owner/name` whose commit (40 hexadecimal digits) is
     `revision` or stands in the path as `owner/name@commit`.
     """
-    local = Path(path).expanduser()
+    local, wanted = Path(path).expanduser(), FILES if weights else DESCRIBED
     if path.startswith("gs://") or local.is_dir():
         if revision is not None:
             raise UserError(f"revision = {revision!r}: {path} is not a hub id and has none; remove revision")
-        return _from_bucket(path) if path.startswith("gs://") else local
+        return _from_bucket(path, wanted) if path.startswith("gs://") else local
     name, _, commit = path.partition("@")
     if not HUB_ID.fullmatch(name):
         raise UserError(
@@ -50,10 +53,10 @@ def locate(path: str, revision: str | None = None) -> Path:
         )
     if commit and revision and commit != revision:
         raise UserError(f"path = {path!r} and revision = {revision!r} name two commits; keep one of them")
-    return _from_hub(path, name, commit or revision)
+    return _from_hub(path, name, commit or revision, wanted)
 
 
-def _from_hub(path: str, name: str, commit: str | None) -> Path:
+def _from_hub(path: str, name: str, commit: str | None, wanted: Sequence[str]) -> Path:
     """The snapshot of a commit, from the hub's cache or downloaded into it; HF_TOKEN and HF_HUB_OFFLINE are obeyed."""
     if commit is None or not COMMIT.fullmatch(commit):
         raise UserError(
@@ -61,7 +64,7 @@ def _from_hub(path: str, name: str, commit: str | None) -> Path:
             f"not 40 hexadecimal digits; take it from https://huggingface.co/{name}/commits/main"
         )
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=commit, allow_patterns=list(FILES)))
+        return Path(huggingface_hub.snapshot_download(name, revision=commit, allow_patterns=list(wanted)))
     except GatedRepoError as error:
         raise UserError(
             f"path = {path!r}: the hub gives this model only to those who accepted its terms; accept them on "
@@ -77,10 +80,10 @@ def _from_hub(path: str, name: str, commit: str | None) -> Path:
         ) from error
 
 
-def _from_bucket(address: str) -> Path:
+def _from_bucket(address: str, wanted: Sequence[str]) -> Path:
     """A copy of a bucket's directory, made anew when the names, sizes or times of its files have changed."""
     try:
-        files = _list(epath.Path(address))
+        files = _list(epath.Path(address), wanted)
     except ImportError as error:
         raise UserError(f"path = {address!r} needs gcsfs: pip install 'mpd-jax[gcs]'") from error
     except Exception as error:  # each storage library has its own
@@ -118,11 +121,11 @@ def _copy(files: dict[str, epath.Path], target: Path, of_address: Path) -> None:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def _list(directory: epath.Path) -> dict[str, epath.Path]:
-    """The files that a model needs, by their names relative to the directory."""
+def _list(directory: epath.Path, wanted: Sequence[str]) -> dict[str, epath.Path]:
+    """The files that are wanted, by their names relative to the directory."""
     return {
         str(file.relative_to(directory)): file
-        for pattern in FILES
+        for pattern in wanted
         for file in directory.glob(pattern)
         if file.is_file()
     }

@@ -16,6 +16,7 @@ WIDTH, HEIGHT = 420, 250
 LEFT, RIGHT, TOP, BOTTOM = 48, 20, 12, 42
 COLOURS = 8
 MOST_POINTS = 400  # of a curve or band: more than a picture has pixels for
+DOTTED = 10  # of so many points that there may be, one is a dot of its own, with words
 
 
 class Line(NamedTuple):
@@ -71,8 +72,11 @@ def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[
     return [round(step * i, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def lines(title: str, curves: Sequence[Line], x_label: str, y_label: str, *, from_zero: bool = True) -> Markup | None:
-    """Curves over one x axis; None where there is nothing to draw."""
+def lines(
+    title: str, curves: Sequence[Line], x_label: str, y_label: str, *, from_zero: bool = True, most: int = MOST_POINTS
+) -> Markup | None:
+    """Curves over one x axis; None where there is nothing to draw. most: points that a curve may have; those of one
+    that has few are told apart."""
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return None
@@ -86,7 +90,7 @@ def lines(title: str, curves: Sequence[Line], x_label: str, y_label: str, *, fro
                 Markup('<path class="line faint {}" d="{}"/>').format(_slot(curve.slot), _path(frame, curve.faint))
             )
         drawn.append(Markup('<path class="line {}" d="{}"/>').format(_slot(curve.slot), _path(frame, curve.points)))
-        if len(curve.points) <= 40:
+        if len(curve.points) <= most // DOTTED and not curve.faint:
             drawn += [
                 _dot(frame, x, y, curve.slot, f"{curve.label}: {_plain(y)} at {_plain(x)}") for x, y in curve.points
             ]
@@ -141,13 +145,18 @@ def histogram(title: str, groups: Sequence[tuple[str, Sequence[float], int]], x_
 
 
 def stacked(
-    title: str, steps: Sequence[float], parts: Sequence[tuple[str, Sequence[float]]], y_label: str
+    title: str,
+    steps: Sequence[float],
+    parts: Sequence[tuple[str, Sequence[float]]],
+    y_label: str,
+    *,
+    most: int = MOST_POINTS,
 ) -> Markup | None:
-    """Shares (0 to 1) over steps, one on the other; of many steps the means of so many at a time."""
+    """Shares (0 to 1) over steps, one on the other; of more steps than `most` the means of so many at a time."""
     parts = [(label, values) for label, values in parts if any(values)]
     if not steps or not parts:
         return None
-    every = -(-len(steps) // MOST_POINTS)
+    every = -(-len(steps) // most)
     starts = np.arange(0, len(steps), every)
     ends = np.append(starts[1:], len(steps))
     means = [np.add.reduceat(np.asarray(v, dtype=np.float64), starts) / (ends - starts) for _, v in parts]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mpd_jax import __version__, files
-from mpd_jax.eval.figures import paired_difference
+from mpd_jax.eval.figures import EvalRow, paired_difference
 from mpd_jax.files import AnyPath
 from mpd_jax.report import figures
 from mpd_jax.report.examples import CANDIDATES, UNKNOWN, Example, examples_of
@@ -21,7 +22,8 @@ from mpd_jax.screen import Screen
 from mpd_jax.types import UserError
 
 MOST_BYTES = 5_000_000
-EXAMPLE_BYTES = 3_500_000  # of them for the texts of all runs together
+EXAMPLE_BYTES = 3_500_000  # of them for the texts of all runs together, where the rest leaves as much
+SPARE_BYTES = 100_000  # for what the page says of the texts
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,12 @@ class Headline:
 def run(sources: Sequence[str], out: str | None) -> AnyPath:
     """Writes the report, shows its headline, and returns where it is."""
     screen = Screen()
-    different = list(dict.fromkeys(source.rstrip("/") for source in sources))
+    different: dict[str, str] = {}
+    for source in sources:
+        different.setdefault(_same(source), source)
     runs = []
     with screen.bar("reading runs", len(different)) as advance:
-        for source in different:
+        for source in different.values():
             runs.append(gather(source))
             advance(len(runs), source)
     name_runs(runs)
@@ -61,13 +65,22 @@ def run(sources: Sequence[str], out: str | None) -> AnyPath:
         raise UserError(f"--out: {path} is a directory; name a file, such as {path}/report.html")
     headlines = [headline(run, slot) for slot, run in enumerate(runs)]
     text = render(runs, headlines, screen)
-    files.write_atomically(path, text)
+    try:
+        files.write_atomically(path, text)
+    except UserError as error:
+        cause = error.__cause__
+        raise UserError(f"--out: {path} could not be written: {cause}; choose another place for the report") from cause
     screen.console.print(table(headlines))
     for each in runs:
         for what in each.missing:
             screen.say(f"{each.name}: {what}")
     screen.say(f"wrote {path}")
     return path
+
+
+def _same(source: str) -> str:
+    """Alike for all ways to name a directory."""
+    return source.rstrip("/") if files.remote(source) else str(Path(source).resolve())
 
 
 def headline(run: RunFiles, slot: int) -> Headline:
@@ -86,9 +99,16 @@ def headline(run: RunFiles, slot: int) -> Headline:
 def _difference(before: Measured | None, after: Measured | None) -> tuple[float, float, float] | None:
     """Of accuracy, paired; None where that cannot be told."""
     first, last = (m.row if m is not None else None for m in (before, after))
-    if first is None or last is None or first is last or set(first.problem_ids) != set(last.problem_ids):
+    if first is None or last is None or first is last or not _alike(first, last):
         return None
     return paired_difference(first, last)
+
+
+def _alike(first: EvalRow, last: EvalRow) -> bool:
+    """Whether the same problems were asked alike, and graded alike: what differs then is the student."""
+    same = ("grader", "max_tokens", "top_p", "top_k")
+    known = [(getattr(first, name), getattr(last, name)) for name in same]
+    return set(first.problem_ids) == set(last.problem_ids) and all(a == b for a, b in known if None not in (a, b))
 
 
 def conditions(m: Measured, run: RunFiles) -> str:
@@ -135,24 +155,42 @@ def render(runs: Sequence[RunFiles], headlines: Sequence[Headline], screen: Scre
         loader=PackageLoader("mpd_jax", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"percent": percent, "whole": whole, "tokens": tokens}
-    shown, left_out = _examples(runs, environment, screen)
+    candidates = [_candidates(run, screen) for run in runs]
     lengths = [(run, figures.lengths(run)) for run in runs]
-    page = environment.get_template("page.html.j2").render(
+    most = figures.most_points(runs)
+    page = partial(
+        environment.get_template("page.html.j2").render,
         runs=runs,
         headlines=headlines,
         rows=[(run, _rows(run)) for run in runs],
         scatter=figures.accuracy_against_tokens(runs),
         lengths=[(run, figures.charts.join(made)) for run, made in lengths],
         training=figures.training(runs),
-        of_one=[(run, figures.of_one_run(run)) for run in runs],
-        examples=Markup("\n").join(html for _, html in shown),
-        count=len(shown),
-        left_out=left_out,
-        filters=filters([example for example, _ in shown]),
+        of_one=[(run, figures.of_one_run(run, most)) for run in runs],
         version=__version__,
     )
-    assert len(page.encode()) < MOST_BYTES, f"a report of {len(page.encode())} bytes"
-    return page
+    rest = len(_whole(page(examples="", count=0, left_out=0, filters=())).encode()) + SPARE_BYTES
+    if rest > MOST_BYTES:
+        raise UserError(
+            f"report: figures of {len(runs)} runs alone take {rest / 1e6:.1f} MB, and a report at most "
+            f"{MOST_BYTES / 1e6:g} MB; give fewer runs at a time"
+        )
+    shown, left_out = _fitting(runs, candidates, environment, min(EXAMPLE_BYTES, MOST_BYTES - rest))
+    text = _whole(
+        page(
+            examples=Markup("\n").join(html for _, html in shown),
+            count=len(shown),
+            left_out=left_out,
+            filters=filters([example for example, _ in shown]),
+        )
+    )
+    assert len(text.encode()) <= MOST_BYTES, f"a report of {len(text.encode())} bytes"
+    return text
+
+
+def _whole(text: str) -> str:
+    """Without what no page may hold: NUL, and characters that are half of one, as data sets have them."""
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
 
 def percent(value: float | None) -> str:
@@ -178,20 +216,23 @@ def _rows(run: RunFiles) -> list[dict[str, Any]]:
     return made
 
 
-def _examples(
-    runs: Sequence[RunFiles], environment: Environment, screen: Screen
+def _candidates(run: RunFiles, screen: Screen) -> list[Example]:
+    with screen.bar(f"{run.name}: comparing texts", 2 * CANDIDATES) as advance:
+        return examples_of(run, advance)
+
+
+def _fitting(
+    runs: Sequence[RunFiles], candidates: Sequence[Sequence[Example]], environment: Environment, most: int
 ) -> tuple[list[tuple[Example, Markup]], int]:
     """Examples and their HTML, as many as fit, each run having an equal part; and how many were left out."""
     template = environment.get_template("example.html.j2")
     shown: list[tuple[Example, Markup]] = []
     left_out = 0
-    for slot, each in enumerate(runs):
-        room = EXAMPLE_BYTES // len(runs)
-        with screen.bar(f"{each.name}: comparing texts", 2 * CANDIDATES) as advance:
-            candidates = examples_of(each, advance)
-        for example in candidates:
+    for slot, (each, found) in enumerate(zip(runs, candidates, strict=True)):
+        room = most // len(runs)
+        for example in found:
             html = template.render(e=example, run=each.name if len(runs) > 1 else "", slot=slot)
-            room -= len(html.encode())
+            room -= len(html.encode("utf-8", "replace")) + 1
             if room < 0:
                 left_out += 1
             else:

@@ -133,17 +133,20 @@ def _trajectories(run: RunFiles) -> tuple[Chat | None, list[Trajectory]]:
     if not run.trajectories or run.config is None:
         return None, []
     try:
-        chat = open_model("student", run.config.student, run.config.recipe.contexts).chat
+        chat = open_model("student", run.config.student, run.config.recipe.contexts, weights=False).chat
     except (UserError, OSError) as error:
         run.missing.append(f"trajectories/: ids without text, for the student's tokenizer cannot be read ({error})")
         return None, []
     made: dict[tuple[str, int], Trajectory] = {}
+    known = range(chat.vocab_size)
     for path in run.trajectories:
         try:
             for t in read_trajectories(path)[1]:
+                if not all(i in known for part in (t, t.original or t) for i in (*part.prompt, *part.response)):
+                    raise ValueError("ids that the student's tokenizer has not")
                 made.setdefault((t.problem_id, t.attempt), t)
-        except ValueError:
-            run.missing.append(f"trajectories/{path.name}: damaged, and left out of the examples")
+        except ValueError as error:
+            run.missing.append(f"trajectories/{path.name}: left out of the examples: {error}")
         if len(made) >= CANDIDATES:
             break
     return chat, list(made.values())[:CANDIDATES]
@@ -170,20 +173,27 @@ def _training(
             "`mpd-jax train` asks for them when it is run to its end"
         )
     references = {t.problem_id: _reference(problems.get(t.problem_id), trained.get(t.problem_id)) for t in trajectories}
-    known = [t for t in trajectories if references[t.problem_id]]
-    grader = run.config.eval.grader if run.config else "rules"
-    with GraderPool(grader) as pool:
-        originals = pool.grade_many(
-            [(chat.answer_text((t.original or t).response), references[t.problem_id]) for t in known]
-        )
-        rewrites = pool.grade_many([(chat.answer_text(t.response), references[t.problem_id]) for t in known])
-    right = {id(t): (a.correct, b.correct) for t, a, b in zip(known, originals, rewrites, strict=True)}
+    right = _graded(run, chat, [(t, references[t.problem_id]) for t in trajectories if references[t.problem_id]])
     return [
         _example(
             t, chat, trained.get(t.problem_id), problems.get(t.problem_id), references[t.problem_id], right.get(id(t))
         )
         for t in trajectories
     ]
+
+
+def _graded(run: RunFiles, chat: Chat, known: Sequence[tuple[Trajectory, str]]) -> dict[int, tuple[bool, bool]]:
+    """Whether original and rewrite are right, by id of the trajectory. known: with their references."""
+    grader = run.config.eval.grader if run.config else "rules"
+    originals = [(chat.answer_text((t.original or t).response), reference) for t, reference in known]
+    rewrites = [(chat.answer_text(t.response), reference) for t, reference in known]
+    try:
+        with GraderPool(grader) as pool:
+            grades = zip(known, pool.grade_many(originals), pool.grade_many(rewrites), strict=True)
+            return {id(t): (a.correct, b.correct) for (t, _), a, b in grades}
+    except UserError as error:
+        run.missing.append(f"eval.grader: what is right among texts of training is not known, for {error}")
+        return {}
 
 
 def _reference(problem: Problem | None, sample: Sample | None) -> str:

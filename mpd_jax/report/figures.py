@@ -79,9 +79,14 @@ def _written(trajectories: Sequence[Trajectory]) -> list[tuple[str, Sequence[flo
     return [("as written", written, 0), *([("rewritten", rewritten, 1)] if rewritten else [])]
 
 
+def most_points(runs: Sequence[RunFiles]) -> int:
+    """Of a curve or band: the more runs, the fewer, so that a report of many stays small."""
+    return max(20, min(charts.MOST_POINTS, 4 * charts.MOST_POINTS // len(runs)))
+
+
 def training(runs: Sequence[RunFiles]) -> Markup:
     """Curves of all runs over each other: loss, lengths, divergence, entropy and accuracy of what was written."""
-    several = len(runs) > 1
+    several, most = len(runs) > 1, most_points(runs)
 
     def curves(*keys: tuple[str, str]) -> list[Line]:
         # One run: a colour a figure. Several: a colour a run, and the figure's name beside its own.
@@ -90,7 +95,7 @@ def training(runs: Sequence[RunFiles]) -> Markup:
             for at, (key, label) in enumerate(keys):
                 points = values(run.steps, lambda row, key=key: row.get(key))
                 name = f"{run.name}, {label}" if several and len(keys) > 1 else run.name if several else label
-                made.append(smoothed(name, points, number if several else at))
+                made.append(smoothed(name, points, number if several else at, most))
         return made
 
     single: list[tuple[str, str, tuple[tuple[str, str], ...]]] = [
@@ -107,21 +112,22 @@ def training(runs: Sequence[RunFiles]) -> Markup:
             single += [(f"{title}, {label}", unit, ((key, label),)) for key, label in keys]
         else:
             single.insert(1, (title, unit, keys))
-    return charts.join([charts.lines(title, curves(*keys), "step", unit) for title, unit, keys in single])
+    return charts.join([charts.lines(title, curves(*keys), "step", unit, most=most) for title, unit, keys in single])
 
 
-def of_one_run(run: RunFiles) -> Markup:
-    """What cannot lie over another run's: divergence by position, verdicts, and where the time went."""
-    return charts.join([_by_position(run), _verdicts(run), _seconds(run)])
+def of_one_run(run: RunFiles, most: int) -> Markup:
+    """What cannot lie over another run's: divergence by position, verdicts, and where the time went. most: points of a
+    curve or band."""
+    return charts.join([_by_position(run, most), _verdicts(run, most), _seconds(run, most)])
 
 
 def values(steps: Sequence[Mapping[str, Any]], of: Callable[[Mapping[str, Any]], Any]) -> list[tuple[float, float]]:
     """(updates after the step, figure) where there is one."""
     found = [(row["step"] + 1, of(row)) for row in steps]
-    return [(float(step), float(y)) for step, y in found if isinstance(y, int | float)]
+    return [(float(step), float(y)) for step, y in found if isinstance(y, int | float) and math.isfinite(y)]
 
 
-def smoothed(label: str, points: Sequence[tuple[float, float]], slot: int) -> Line:
+def smoothed(label: str, points: Sequence[tuple[float, float]], slot: int, most: int) -> Line:
     """Single steps faint and their running mean strong, where there are many."""
     width = max(1, len(points) // 20)
     if width == 1:
@@ -129,34 +135,34 @@ def smoothed(label: str, points: Sequence[tuple[float, float]], slot: int) -> Li
     x, y = np.array(points).T
     kernel = np.ones(width)
     mean = np.convolve(y, kernel, "same") / np.convolve(np.ones(len(y)), kernel, "same")
-    every = -(-len(points) // charts.MOST_POINTS)
+    every = -(-len(points) // most)
     strong = list(zip(x[::every].tolist(), mean[::every].tolist(), strict=True))
     return Line(label, strong, slot, list(zip(x[::every].tolist(), y[::every].tolist(), strict=True)))
 
 
-def _by_position(run: RunFiles) -> Markup | None:
+def _by_position(run: RunFiles, most: int) -> Markup | None:
     def at(row: Mapping[str, Any], start: int) -> Any:
         return next((b["mean"] for b in row.get("divergence_by_position") or () if b["from"] == start), None)
 
     starts = sorted({b["from"] for row in run.steps for b in row.get("divergence_by_position") or ()})
     made = [
-        smoothed(f"from token {start}", values(run.steps, lambda row, start=start: at(row, start)), slot)
+        smoothed(f"from token {start}", values(run.steps, lambda row, start=start: at(row, start)), slot, most)
         for slot, start in enumerate(starts)
     ]
-    return charts.lines("divergence by position", made, "step", "nats a token")
+    return charts.lines("divergence by position", made, "step", "nats a token", most=most)
 
 
-def _verdicts(run: RunFiles) -> Markup | None:
+def _verdicts(run: RunFiles, most: int) -> Markup | None:
     rows = [row for row in run.steps if row.get("verdicts")]
     names = sorted({name for row in rows for name in row["verdicts"]}, key=lambda name: (name != "kept", name))
     totals = [sum(row["verdicts"].values()) or 1 for row in rows]
     parts = [(n, [r["verdicts"].get(n, 0) / t for r, t in zip(rows, totals, strict=True)]) for n in names]
-    return charts.stacked("verdicts", [float(r["step"] + 1) for r in rows], parts, "% of trajectories")
+    return charts.stacked("verdicts", [float(r["step"] + 1) for r in rows], parts, "% of trajectories", most=most)
 
 
-def _seconds(run: RunFiles) -> Markup | None:
+def _seconds(run: RunFiles, most: int) -> Markup | None:
     rows = [row for row in run.steps if "train_share" in row]
     ends = "_share"
     names = list(dict.fromkeys(key for row in rows for key in row if key.endswith(ends)))
     parts = [(name.removesuffix(ends), [row.get(name) or 0.0 for row in rows]) for name in names]
-    return charts.stacked("wall time by phase", [float(r["step"] + 1) for r in rows], parts, "% of a step")
+    return charts.stacked("wall time by phase", [float(r["step"] + 1) for r in rows], parts, "% of a step", most=most)

@@ -4,8 +4,9 @@ Not here: what is drawn of it (figures.py), and the texts of single problems (ex
 """
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -130,9 +131,12 @@ def name_runs(runs: Sequence[RunFiles]) -> None:
 
 
 def _text(run: RunFiles, name: str, what: str, if_absent: str) -> str | None:
-    data = files.read(run.path / name)
+    try:
+        data, why = files.read(run.path / name), "absent"
+    except (OSError, UserError) as error:
+        data, why = None, f"unreadable ({error})"
     if data is None:
-        run.missing.append(f"{name}: absent; {if_absent}")
+        run.missing.append(f"{name}: {why}; {if_absent}")
         return None
     run.sources.append((name, what, size(len(data))))
     return data.decode(errors="replace")
@@ -166,9 +170,8 @@ def _read_steps(run: RunFiles) -> None:
     damaged = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-            run.steps.append({**row, "step": int(row["step"])})
-        except (ValueError, LookupError, TypeError):
+            run.steps.append(_step(line))
+        except (ValueError, LookupError, TypeError, AttributeError):
             damaged.append(number)
     if damaged:
         run.missing.append(f"metrics.jsonl: {told(damaged, 'line')} damaged and left out")
@@ -176,6 +179,21 @@ def _read_steps(run: RunFiles) -> None:
     planned = run.config.train.steps if run.config else None
     if planned and len(run.steps) < planned:
         run.missing.append(f"metrics.jsonl: {len(run.steps)} of {planned} steps; the run is not finished")
+
+
+def _step(line: str) -> dict[str, Any]:
+    """A row of metrics.jsonl; some error where what is counted in it is no number."""
+    row = json.loads(line)
+    parts = row.get("divergence_by_position") or ()
+    counts = [*(row.get("verdicts") or {}).values(), *(part["from"] for part in parts)]
+    counts += [part["mean"] or 0 for part in parts] + [v or 0 for name, v in row.items() if name.endswith("_share")]
+    if not all(map(_is_number, counts)):
+        raise ValueError("no number")
+    return {**row, "step": int(row["step"])}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def told(numbers: Sequence[int], noun: str) -> str:
@@ -195,15 +213,28 @@ def _read_evaluations(run: RunFiles) -> None:
         inner = "" if path.parent.name == directory.name else f"{path.parent.name}/"
         where = f"evaluations/{inner}{path.name}"
         try:
-            samples = read_samples(path)
+            samples = _sound(read_samples(path))
             rows = [(row.summary(), row) for row in rows_of(samples)]
             _keep(run, inner, path.stem, samples)
             run.sources.append((where, "every sample: accuracy, tokens, answers", f"{len(samples):,} samples"))
-        except (UserError, ValueError) as error:
+            if not _stored_rows(path.with_suffix(".json")):
+                left = "its figures are those of the samples that are there" if rows else "it holds no samples yet"
+                run.missing.append(f"{where}: the evaluation is not over; {left}")
+        except (OSError, UserError, ValueError, LookupError, TypeError, ArithmeticError) as error:
             rows = [(figures, None) for figures in _stored_rows(path.with_suffix(".json"))]
             left = f"its figures are those of {path.stem}.json" if rows else "it is left out"
             run.missing.append(f"{where}: {error}; {left}")
         run.measured += [Measured(*_kind(f), f, row) for f, row in rows if not f["name"].startswith(EXAMPLES)]
+
+
+def _sound(samples: list[Sample]) -> list[Sample]:
+    """The same; ValueError where one has values that no evaluation writes."""
+    for number, s in enumerate(samples, start=1):
+        texts = (s.name, s.problem_id, s.reference, s.text, s.ended, s.grader, s.problem_set, s.level or "")
+        numbers = (s.temperature, s.tokens, s.reasoning_tokens or 0, s.max_tokens)
+        if not all(isinstance(text, str) for text in texts) or not all(map(_is_number, numbers)):
+            raise ValueError(f"sample {number} is damaged")
+    return samples
 
 
 def _keep(run: RunFiles, inner: str, stem: str, samples: Sequence[Sample]) -> None:
@@ -216,12 +247,17 @@ def _keep(run: RunFiles, inner: str, stem: str, samples: Sequence[Sample]) -> No
 
 
 def _stored_rows(path: AnyPath) -> list[dict[str, Any]]:
-    """The rows that stand beside an evaluation's samples; none if they cannot be read."""
+    """The rows that stand beside an evaluation's samples once it is over; none if they cannot be read."""
     try:
-        rows = json.loads(files.read(path) or b"")["rows"]
-        return [row for row in rows if {"name", "temperature", "accuracy", "mean_tokens"} <= row.keys()]
-    except (ValueError, LookupError, TypeError, AttributeError):
+        return _usable(json.loads(files.read(path) or b"")["rows"])
+    except (OSError, UserError, ValueError, LookupError, TypeError, AttributeError):
         return []
+
+
+def _usable(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that have what a report needs of a row."""
+    needed = ("temperature", "accuracy", "mean_tokens")
+    return [row for row in rows if isinstance(row["name"], str) and all(_is_number(row[name]) for name in needed)]
 
 
 def _kind(figures: dict[str, Any]) -> tuple[Kind, int | None]:
@@ -245,8 +281,9 @@ def _read_summary(run: RunFiles) -> None:
         return
     try:
         run.summary = dict(json.loads(text))
+        run.summary["versions"] = dict(run.summary.get("versions") or {})
         # The control is in no file of its own: it is the base's samples, cut.
-        rows = [row for row in run.summary.get("rows", ()) if _kind(row)[0] == "cut"]
+        rows = [row for row in _usable(run.summary.get("rows", ())) if _kind(row)[0] == "cut"]
         run.measured += [Measured("cut", None, row) for row in rows]
     except (ValueError, LookupError, TypeError, AttributeError):
         run.summary = {}
@@ -254,7 +291,9 @@ def _read_summary(run: RunFiles) -> None:
 
 
 def _list_trajectories(run: RunFiles) -> None:
-    found = {_step_of(path): path for path in (run.path / "trajectories").glob("step_*.jsonl*") if _is_final(path)}
+    # Where an earlier version left one and this version another, the latter counts: it is the last by name.
+    paths = sorted((run.path / "trajectories").glob("step_*.jsonl*"), key=str)
+    found = {_step_of(path): path for path in paths if _is_final(path)}
     run.trajectories = [found[step] for step in sorted(found)]
     if not found:
         run.missing.append("trajectories/: there are none, so no texts of training")

@@ -245,9 +245,11 @@ class Metrics:
         self._lines.flush()
 
     def close(self) -> None:
-        self._lines.close()
-        if self._trackers is not None:
-            self._trackers.close()
+        try:
+            self._lines.close()
+        finally:
+            if self._trackers is not None:
+                self._trackers.close()
 
     def _truncate(self, start_step: int, rewound: bool = False) -> None:
         rows = read_rows(self.path)

@@ -82,6 +82,7 @@ class Records:
         self._settings = settings
         # Of final files, by step and problem; kept once the latest of a problem are asked for.
         self._lines_of: dict[int, dict[str, list[int]]] | None = None
+        self._removed: int | None = None  # until which step the cap was seen to, by this process
 
     def path(self, step: int, stage: str = "final") -> AnyPath:
         return self._paths(step, stage)[0]
@@ -107,15 +108,29 @@ class Records:
             files.write_atomically(self.path(step, stage), gzip.compress(text.encode(), LEVEL, mtime=0))
         if stage == "final":
             self._remove(step, "written")
-            if self._keep is not None and step - self._keep >= FIRST:
-                self._remove(step - self._keep, "final")
+            if self._keep is not None:
+                self._remove_until(step - self._keep)
             if self._lines_of is not None:
                 self._lines_of[step] = _by_problem(trajectories)
+
+    def _remove_until(self, last: int) -> None:
+        """Of the steps until `last` only the first stay. At first that means all that earlier starts have left."""
+        if not hosts.is_main():
+            return
+        there = self._there() if self._removed is None else range(self._removed + 1, last + 1)
+        for step in there:
+            if FIRST <= step <= last:
+                self._remove(step, "final")
+        self._removed = last
+
+    def _there(self) -> set[int]:
+        """Steps that have a file."""
+        return {_step_of(path) for path in self.directory.glob("step_*.jsonl*")}
 
     def forget_after(self, step: int) -> None:
         """Removes the trajectories of later steps: they were sampled from weights that the run will not have."""
         for path in list(self.directory.glob("step_*.jsonl*")) if hosts.is_main() else ():
-            if int(path.name[len("step_") :].split(".")[0]) > step:
+            if _step_of(path) > step:
                 files.remove(path)
         if self._lines_of is not None:
             self._lines_of = {number: lines for number, lines in self._lines_of.items() if number <= step}
@@ -183,6 +198,10 @@ class Records:
                 f"{self._seed}); choose another run.dir, or restore the run's own run.seed and problems"
             )
         return lines
+
+
+def _step_of(path: AnyPath) -> int:
+    return int(path.name[len("step_") :].split(".")[0])
 
 
 def _by_problem(trajectories: Sequence[Trajectory]) -> dict[str, list[int]]:

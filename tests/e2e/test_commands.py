@@ -94,7 +94,9 @@ def test_a_report_of_a_run_lays_what_was_trained_on_beside_what_was_learnt(run_d
     code, _, said = command(capsys, "report", run_dir, "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert code == 0 and "wrote" in said and "What is missing" not in page
-    asked = {sample.problem_id for sample in read_samples(run_dir / "evaluations" / "training problems, step 2.jsonl")}
+    answers = read_samples(run_dir / "evaluations" / "training problems, step 2.jsonl")
+    asked = {sample.problem_id for sample in answers}
+    assert {sample.problem_set for sample in answers} == {"training problems"}  # in no table with held-out ones
     made = [read_trajectories(run_dir / "trajectories" / f"step_00000{n}.jsonl.gz")[1] for n in (0, 1)]
     assert asked and asked <= {t.problem_id for step in made for t in step}
     known = re.findall(r'data-source="trained on" data-verdict="\w+" data-level="\w*" data-change="(?!not known)', page)
