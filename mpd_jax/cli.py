@@ -218,7 +218,7 @@ def evaluate(
 ) -> None:
     """Accuracy and tokens of a model or a run's student, as it is and asked for fewer words.
 
-    On the run's held-out problems, or on sets; with eval.attempts=16 eval.temperatures=[0.6] of 16 attempts a problem.
+    On the run's held-out problems, or on sets by name; eval.attempts=16 takes 16 samples a problem.
     """
     from mpd_jax.eval import command
 
