@@ -246,7 +246,7 @@ class Judged:
 
     def forget_after(self, step: int) -> None:
         """Removes what was measured of later steps: a resumed run may come to other weights there."""
-        for path in list(self._path("").parent.glob("*.json*")) if hosts.is_main() else ():
+        for path in list(self._path("").parent.glob("**/*.json*")) if hosts.is_main() else ():
             number = re.search(r"step (\d+)$", path.stem)
             if number and int(number[1]) > step:
                 files.remove(path)

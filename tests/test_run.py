@@ -59,19 +59,21 @@ def test_a_run_directory_has_one_trainer(tmp_path):
 
 def test_a_resumed_run_forgets_what_was_measured_of_steps_it_has_not_reached(tmp_path):
     directory = tmp_path / "evaluations"
-    directory.mkdir()
+    (directory / "math500").mkdir(parents=True)
     names = ["base", "prompt-only concise", "step 5", "step 10", "trained, step 10", "trained, step 20"]
+    names += ["math500/trained, step 10", "math500/trained, step 20"]
     for name in names:
         for suffix in (".jsonl", ".json"):
             (directory / f"{name}{suffix}").write_text(json.dumps({}))
     run = SimpleNamespace(parts=SimpleNamespace(run_dir=tmp_path))
     Judged(cast(Any, run), cast(Any, None)).forget_after(10)
-    left = {path.stem for path in directory.iterdir()}
-    assert left == set(names) - {"trained, step 20"}
+
+    def left():
+        return {str(path.relative_to(directory)).rsplit(".", 1)[0] for path in directory.rglob("*.json*")}
+
+    assert left() == set(names) - {"trained, step 20", "math500/trained, step 20"}
     Judged(cast(Any, run), cast(Any, None)).forget_after(0)
-    assert {path.name for path in directory.iterdir()} == {
-        f"{name}{suffix}" for name in names[:2] for suffix in (".jsonl", ".json")
-    }
+    assert left() == set(names[:2])
 
 
 @pytest.mark.parametrize(
