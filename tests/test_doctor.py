@@ -112,6 +112,7 @@ def teacher():
     return logprobs_TV
 
 
+@pytest.mark.slow
 def test_where_all_is_well_no_verdict_is_another_and_the_agreement_is_measured(tmp_path, teacher, untied):
     with FakeServer(teacher) as server:
         server.tokenize, server.info = tokenize, started(model=untied)

@@ -298,6 +298,7 @@ def test_a_worker_that_dies_while_idle_is_replaced(pool):
     assert [g.failure for g in pool.grade_many([("\\boxed{1}", "1")] * 2)] == [None, None]
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_no_grade():
     pairs = [(text, reference) for text, reference, _ in LISTED[:16]]
     with GraderPool("math_verify", workers=1) as one, GraderPool("math_verify", workers=4) as four:

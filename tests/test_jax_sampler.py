@@ -145,7 +145,10 @@ def test_keys_decide_the_draws():
     assert a.ids != b.ids and a == again
 
 
-@pytest.mark.parametrize("settings", [SAMPLED, SamplingConfig(temperature=0.5, top_p=0.8, max_tokens=16)], ids=str)
+SHARPER = pytest.param(SamplingConfig(temperature=0.5, top_p=0.8, max_tokens=16), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("settings", [SAMPLED, SHARPER], ids=["sampled", "sharper"])
 def test_logprobs_are_the_models_own_at_temperature_one(settings):
     for request, response in zip(requests(), shared().sample(requests(), settings), strict=True):
         logprobs_TV = jax.nn.log_softmax(full_logits(request.prompt + response.ids), axis=-1)

@@ -125,6 +125,7 @@ def test_a_mixed_mesh_with_micro_batches_gives_the_loss_and_gradient_of_one_devi
     assert_same(adapter_step(mesh=mesh, micro_batches=2), one, 1e-6, 1e-5)
 
 
+@pytest.mark.slow
 def test_an_update_moves_the_adapter_and_leaves_the_base_which_is_a_bfloat16_one_here():
     mesh, tx = make_mesh(MeshConfig(1, 8, 1)), optimiser(TrainConfig(learning_rate=0.1, weight_decay=0.1))
     base = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights_of(MODEL, 0, mesh))

@@ -102,6 +102,7 @@ def run(run_dir, base, kill=None):
         opened.close()
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_adapter_and_the_same_base(tmp_path):
     base = weights_of(MODEL, 0)
     before = bytes_of(base)

@@ -185,7 +185,7 @@ def test_a_row_that_does_not_count_may_share_a_slot():
     np.testing.assert_array_equal(cache.length_B, [0, 6])
 
 
-@pytest.mark.parametrize("config", [TINY, MIXED], ids=["tiny", "mixed"])
+@pytest.mark.parametrize("config", [TINY, pytest.param(MIXED, marks=pytest.mark.slow)], ids=["tiny", "mixed"])
 def test_rematerialisation_changes_no_gradient(config):
     weights, ids = lively(Model(config)), tokens(2, 8)
     base = None

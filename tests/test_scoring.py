@@ -83,6 +83,7 @@ def gradient_of(batch, mesh=None, micro_batches=1):
     return jax.device_get(out), jax.device_get(trained.opt_state.trace)
 
 
+@pytest.mark.slow
 def test_with_the_whole_vocabulary_asked_for_loss_and_gradient_are_those_of_the_target_on_the_mesh(step):
     trajectories, prompts, logprobs = step
     exact = gradient_of(batch_of(trajectories, prompts))

@@ -268,6 +268,7 @@ def test_float32_is_multiplied_in_full_forwards_and_backwards(remat):
     assert not low
 
 
+@pytest.mark.slow
 def test_the_state_keeps_its_places_on_the_mesh(adam):
     _, start, build = adam
     mesh = make_mesh(MeshConfig(1, 4, 2))
@@ -296,6 +297,7 @@ def test_divergence_is_counted_in_the_bucket_of_its_position():
     np.testing.assert_array_equal(sums, [8, 24, 2, 0, 0, 0, 0, 0])
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_move_by_whole_rounding_steps_or_not_at_all():
     """Adam's first update is the rate, up or down: what it does to a weight can be told from the moments alone."""
     rate, eps = 1e-3, 1e-8

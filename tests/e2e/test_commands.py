@@ -192,6 +192,7 @@ def test_the_papers_config_shrunk_by_overrides_alone_runs_on_eight_devices(tmp_p
     assert summary["versions"]["device"] == "8 x cpu" and summary["after"]["n"] == 4
 
 
+@pytest.mark.slow
 def test_training_brings_the_student_nearer_to_its_target(tmp_path):
     """The same eight problems and texts at every step, so that nothing but the weights changes."""
     from mpd_jax import config, run
