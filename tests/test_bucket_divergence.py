@@ -195,7 +195,10 @@ def test_a_student_that_is_its_target_has_neither_loss_nor_gradient():
     close(stats["tail_mass"], stats["student_tail_mass"], 1e-5)
 
 
-@pytest.mark.parametrize(("loss", "shape"), [(DIVERGENCES[3], (2, 2, 2)), (DIVERGENCES[2], (1, 1, 8))], ids=str)
+ALONG_ONE = pytest.param(DIVERGENCES[2], (1, 1, 8), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("loss", "shape"), [(DIVERGENCES[3], (2, 2, 2)), ALONG_ONE], ids=str)
 def test_eight_devices_compute_what_one_does(loss, shape):
     mesh = Mesh(np.array(jax.devices()).reshape(shape), ("data", "fsdp", "tensor"))
     h, W, ht, Wt, weight = problem(R=23, V=43, D=16)
