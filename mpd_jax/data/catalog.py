@@ -15,6 +15,7 @@ import huggingface_hub
 
 from mpd_jax import files
 from mpd_jax.data.sources import Row, of_files
+from mpd_jax.eval.grade import extract_boxed
 from mpd_jax.files import AnyPath
 from mpd_jax.types import UserError
 
@@ -125,18 +126,11 @@ def _amc23(row: Fields) -> Fields:
 
 
 def boxed(text: str) -> str:
-    """What the last \\boxed{...} or \\fbox{...} of a solution holds; a word or number may stand without braces."""
-    found = list(re.finditer(r"\\(?:boxed|fbox)\s*(?:(\{)|(\w+))", text))
-    if not found:
-        raise ValueError("no \\boxed answer in the solution")
-    if found[-1][2]:
-        return found[-1][2]
-    depth, start = 0, found[-1].end()
-    for at in range(start - 1, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0) if text[at - 1] != "\\" else 0
-        if depth == 0:
-            return text[start:at].strip()
-    raise ValueError("the last \\boxed is not closed")
+    """What the last \\boxed or \\fbox of a solution holds."""
+    found = extract_boxed(text.replace("\\fbox", "\\boxed"))
+    if found is None:
+        raise ValueError("no \\boxed answer in the solution, or the last one is not closed")
+    return found
 
 
 def _shards(split: str, hashes: Sequence[str | None]) -> dict[str, str | None]:
