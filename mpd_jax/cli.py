@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from mpd_jax.arguments import Config, Json, Overrides
+from mpd_jax.bench import command as bench
 from mpd_jax.types import UserError
 
 app = typer.Typer(
@@ -23,11 +25,6 @@ app = typer.Typer(
     help="Teach a small reasoning model to think in fewer tokens: mixed-policy distillation and its family, in JAX.",
 )
 
-Config = Annotated[str, typer.Argument(help="A YAML file such as configs/quickstart.yaml.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Changes to the config, such as train.steps=10 run.seed=1.", metavar="[SECTION.KEY=VALUE]..."),
-]
 Model = Annotated[
     str,
     typer.Argument(
@@ -73,8 +70,6 @@ Best = Annotated[
 WhileStdin = Annotated[
     bool, typer.Option("--while-stdin", hidden=True, help="Stop, as by SIGTERM, when standard input ends.")
 ]
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of text.")]
 
 
 @app.command()
@@ -494,71 +489,7 @@ def doctor(
     raise typer.Exit(0 if result["ok"] else 1)
 
 
-bench = typer.Typer(no_args_is_help=True, help="Measure: the fused head, the sampler, packing, a server, scoring.")
-app.add_typer(bench, name="bench")
-
-
-@bench.command("head")
-def bench_head(
-    positions: Annotated[int, typer.Option(help="Response positions in the timed comparison.")] = 1024,
-    as_json: Json = False,
-) -> None:
-    """Memory and time of the fused divergence against the dense one, at Qwen3's vocabulary."""
-    from mpd_jax import bench_head
-
-    result = bench_head.run(positions=positions, json=as_json)
-    if as_json:
-        typer.echo(json.dumps(result, indent=2))
-
-
-@bench.command("sample")
-def bench_sample(as_json: Json = False) -> None:
-    """Tokens per second of the JAX sampler, against transformers' generate where torch is installed."""
-    from mpd_jax import bench_sample
-
-    result = bench_sample.run(json=as_json)
-    if as_json:
-        typer.echo(json.dumps(result, indent=2))
-
-
-@bench.command("pack")
-def bench_pack(as_json: Json = False) -> None:
-    """Padding with and without packing, and what packing gains in a train step."""
-    from mpd_jax import bench_pack
-
-    result = bench_pack.run(json=as_json)
-    if as_json:
-        typer.echo(json.dumps(result, indent=2))
-
-
-@bench.command("serve")
-def bench_serve(
-    url: Annotated[str, typer.Argument(help="A vLLM server, without an API key.", show_default=False)],
-    model: Annotated[str, typer.Option(help="What it serves: a directory, or tiny:student / tiny:teacher.")] = (
-        "tiny:teacher"
-    ),
-    vllm: Annotated[
-        str | None, typer.Option(help="The server's own program, for `vllm bench serve`.", show_default=False)
-    ] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 256,
-    as_json: Json = False,
-) -> None:
-    """How fast the client feeds a server, against the server's own benchmark; and tokens per second of all samplers."""
-    from mpd_jax import bench_serve
-
-    result = bench_serve.run(url, json=as_json, path=model, vllm=vllm, concurrency=concurrency)
-    if as_json:
-        typer.echo(json.dumps(result, indent=2))
-
-
-@bench.command("topk")
-def bench_topk(as_json: Json = False) -> None:
-    """Of the divergence from a teacher what is left when a server says its k most likely tokens, k from 1 to 64."""
-    from mpd_jax import bench_topk
-
-    result = bench_topk.run(json=as_json)
-    if as_json:
-        typer.echo(json.dumps(result, indent=2))
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mpd_jax import bench_head
+from mpd_jax.bench import head
 from mpd_jax.recipe.loss import LossConfig
 from mpd_jax.types import UserError
 
@@ -12,7 +12,7 @@ SMALL = {"memory_positions": (64, 256), "vocab": 4000, "student_width": 32, "tea
 
 
 def test_the_fused_form_adds_a_small_share_of_the_dense_form_s_memory_a_position(capsys):
-    result = bench_head.run(32, json=True, loss=LossConfig(chunk=16), **SMALL)
+    result = head.run(32, json=True, loss=LossConfig(chunk=16), **SMALL)
     assert capsys.readouterr().out == ""
     assert json.loads(json.dumps(result)) == result
     assert result["slope_ratio"] == result["bytes_per_position"]["fused"] / result["bytes_per_position"]["dense"]
@@ -25,7 +25,7 @@ def test_the_fused_form_adds_a_small_share_of_the_dense_form_s_memory_a_position
 
 
 def test_the_table_names_what_was_measured(capsys):
-    bench_head.run(0, **SMALL)
+    head.run(0, **SMALL)
     table = capsys.readouterr().out
     assert "vocabulary 4,000" in table
     assert "temporary bytes per added position" in table
@@ -35,4 +35,4 @@ def test_the_table_names_what_was_measured(capsys):
 @pytest.mark.parametrize("sizes", [{"memory_positions": (64, 64)}, {"repeats": 0}, {"positions": -1}])
 def test_sizes_that_cannot_be_measured_are_refused(sizes):
     with pytest.raises(UserError, match="bench head"):
-        bench_head.run(**{**SMALL, **sizes})
+        head.run(**{**SMALL, **sizes})

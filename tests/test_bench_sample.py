@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from mpd_jax import bench_sample
-from mpd_jax.bench_sample import WITHOUT_TORCH, compare, differing_share, refill_steps, shape_divergence
+from mpd_jax.bench import sample
+from mpd_jax.bench.sample import WITHOUT_TORCH, compare, differing_share, refill_steps, shape_divergence
 from mpd_jax.sampling.sampler import Response, SamplingConfig
 
 SLOTS, REQUESTS, TOKENS = 4, 12, 48
@@ -21,7 +21,7 @@ def answer(*ids: int) -> Response:
 @pytest.fixture(scope="module")
 def subject():
     """One id in sixteen ends a response, so that a few tokens make lengths uneven."""
-    opened = bench_sample.open_subject("tiny:student", REQUESTS, TOKENS)
+    opened = sample.open_subject("tiny:student", REQUESTS, TOKENS)
     return replace(opened, files=replace(opened.files, eos_ids=frozenset(range(0, 512, 16))))
 
 
@@ -44,7 +44,7 @@ def test_the_share_is_of_positions_over_the_longer_response(one, other, share):
     ("ids", "kept"), [([5, 1, 5, 2], (5, 1)), ([2, 1, 5], (2,)), ([5, 6], (5, 6)), ([5, 1], (5, 1)), ([], ())]
 )
 def test_a_response_ends_with_its_first_eos(ids, kept):
-    assert bench_sample._until_eos(ids, frozenset({1, 2})) == kept
+    assert sample._until_eos(ids, frozenset({1, 2})) == kept
 
 
 def test_refilled_slots_stay_within_the_ideal_and_below_static_batches(subject):
@@ -83,20 +83,20 @@ def test_the_other_answers_in_batches_and_equal_responses_are_counted(subject):
 
 
 def test_without_torch_only_the_comparison_is_missing(subject, monkeypatch, capsys):
-    original = bench_sample.transformers_generate
+    original = sample.transformers_generate
 
     def without_torch(*given):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "torch", None)  # importing it fails
             return original(*given)
 
-    monkeypatch.setattr(bench_sample, "transformers_generate", without_torch)
-    monkeypatch.setattr(bench_sample, "open_subject", lambda path, count, max_tokens: subject)
-    result = bench_sample.run(json=True, batches=(SLOTS,), rounds=REQUESTS // SLOTS, repeats=1, max_tokens=TOKENS)
+    monkeypatch.setattr(sample, "transformers_generate", without_torch)
+    monkeypatch.setattr(sample, "open_subject", lambda path, count, max_tokens: subject)
+    result = sample.run(json=True, batches=(SLOTS,), rounds=REQUESTS // SLOTS, repeats=1, max_tokens=TOKENS)
     assert capsys.readouterr().out == "" and json.loads(json.dumps(result)) == result
     (row,) = result["batches"]
     assert [row[name] for name in TRANSFORMERS] == [None] * 3
     assert row["responses"] == REQUESTS and 0 < row["tokens"] <= REQUESTS * TOKENS and row["tokens_per_second"] > 0
     assert result["steps"]["responses"] == result["shape_divergence"]["responses"] == REQUESTS
-    bench_sample.show(result)
+    sample.show(result)
     assert WITHOUT_TORCH in capsys.readouterr().out.splitlines()

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from mpd_jax import bench_sample, bench_serve
-from mpd_jax.bench_sample import WITHOUT_TORCH
-from mpd_jax.bench_serve import WITHOUT_VLLM, feed
+from mpd_jax.bench import serve
+from mpd_jax.bench.sample import WITHOUT_TORCH, open_subject
+from mpd_jax.bench.serve import WITHOUT_VLLM, feed
 from mpd_jax.types import UserError
 from tests.fake_server import FakeServer, bigram
 
@@ -41,7 +41,7 @@ def program(directory, made):
 
 @pytest.fixture(autouse=True)
 def no_torch(monkeypatch):
-    monkeypatch.setattr(bench_serve, "transformers_generate", lambda *given: None)
+    monkeypatch.setattr(serve, "transformers_generate", lambda *given: None)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def server():
 
 
 def test_the_load_is_the_clients_own_and_both_are_counted_alike(tmp_path, server, capsys):
-    result = bench_serve.run(server.url, json=True, vllm=program(tmp_path, COUNT * TOKENS), concurrency=3, **SIZES)
+    result = serve.run(server.url, json=True, vllm=program(tmp_path, COUNT * TOKENS), concurrency=3, **SIZES)
     assert capsys.readouterr().out == "" and json.loads(json.dumps(result)) == result
     calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
     assert [words for words, _ in calls] == [["bench", "serve"]] * 3  # one to warm up, two that count
@@ -71,7 +71,7 @@ def test_the_load_is_the_clients_own_and_both_are_counted_alike(tmp_path, server
         "high": COUNT * TOKENS / 0.5,
     }
     assert feeding["share"]["low"] <= feeding["share"]["median"] <= feeding["share"]["high"]
-    bench_serve.show(result)
+    serve.show(result)
     assert "client over vllm bench serve" in capsys.readouterr().out
 
 
@@ -96,12 +96,12 @@ def test_pairs_are_measured_in_turn_and_the_first_warms_up():
 @pytest.mark.parametrize(("made", "said"), [(COUNT * TOKENS - 1, "made 29 tokens of 30"), (None, "no such option")])
 def test_a_load_that_did_something_else_is_told(tmp_path, server, made, said):
     with pytest.raises(UserError, match=f"vllm bench serve .*{said}"):
-        bench_serve.run(server.url, json=True, vllm=program(tmp_path, made), **SIZES)
+        serve.run(server.url, json=True, vllm=program(tmp_path, made), **SIZES)
 
 
 def test_all_answer_the_same_problems_up_to_their_ends_and_equal_responses_are_counted(tmp_path, server, monkeypatch):
     """The server stands on the student itself, but for one problem."""
-    subject = bench_sample.open_subject("tiny:student", COUNT, 8)
+    subject = open_subject("tiny:student", COUNT, 8)
     answers = {r.prompt: a.ids for r, a in zip(subject.requests, greedy(subject), strict=True)}
     odd = subject.requests[2].prompt
 
@@ -119,11 +119,11 @@ def test_all_answer_the_same_problems_up_to_their_ends_and_equal_responses_are_c
         generated.append((len(requests), limit))
         return [answers[r.prompt] for r in requests]
 
-    monkeypatch.setattr(bench_serve, "transformers_generate", lambda *given: generate)
-    monkeypatch.setattr(bench_serve, "BATCH", 4)
+    monkeypatch.setattr(serve, "transformers_generate", lambda *given: generate)
+    monkeypatch.setattr(serve, "BATCH", 4)
     with Student(bigram(1)) as there:
-        servers = bench_serve.Servers([there.url], bench_serve.ServerConfig())
-        rows = bench_serve.side_by_side(subject, servers, tmp_path, repeats=2)
+        servers = serve.Servers([there.url], serve.ServerConfig())
+        rows = serve.side_by_side(subject, servers, tmp_path, repeats=2)
         asked = [body for body in there.bodies() if body["max_tokens"] == 8 and body["prompt"] != [0]]
     assert len(asked) == 2 * COUNT, "nothing is read back from disk"
     assert [(row["who"], row["equal_responses"]) for row in rows] == [
@@ -137,15 +137,15 @@ def test_all_answer_the_same_problems_up_to_their_ends_and_equal_responses_are_c
 
 
 def greedy(subject):
-    return subject.sampler(4).sample(subject.requests, bench_serve.SamplingConfig(temperature=0.0, max_tokens=8))
+    return subject.sampler(4).sample(subject.requests, serve.SamplingConfig(temperature=0.0, max_tokens=8))
 
 
 def test_without_torch_and_without_vllm_the_rest_is_measured(server, monkeypatch, capsys):
-    monkeypatch.setattr(bench_serve.shutil, "which", lambda name: None)
-    result = bench_serve.run(server.url, **SIZES)
+    monkeypatch.setattr(serve.shutil, "which", lambda name: None)
+    result = serve.run(server.url, **SIZES)
     assert result["feeding"]["load"] is result["feeding"]["share"] is None
     assert [row["who"] for row in result["answering"]] == ["JAX sampler", "vLLM server"]
     said = capsys.readouterr().out
     assert WITHOUT_VLLM in said and WITHOUT_TORCH in said
     with pytest.raises(UserError, match="--vllm: nothing is no program"):
-        bench_serve.run(server.url, vllm="nothing", **SIZES)
+        serve.run(server.url, vllm="nothing", **SIZES)

@@ -20,8 +20,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mpd_jax import bench_sample
-from mpd_jax.bench_sample import WITHOUT_TORCH, Generate, Subject, in_batches, transformers_generate
+from mpd_jax.bench.sample import (
+    WITHOUT_TORCH,
+    Generate,
+    Subject,
+    in_batches,
+    open_subject,
+    threads,
+    transformers_generate,
+)
 from mpd_jax.sampling.sampler import Request, SamplingConfig, request_key
 from mpd_jax.sampling.servers import ServerConfig, Servers
 from mpd_jax.sampling.vllm_client import PATH, VLLMSampler
@@ -54,7 +61,7 @@ def run(
         raise UserError(f"--vllm: {vllm} is no program; give the path of the server's own, such as .venv/bin/vllm")
     servers = Servers([url], ServerConfig(concurrency=concurrency))
     servers.wait_until_ready()
-    subject = bench_sample.open_subject(path, count, max_tokens)
+    subject = open_subject(path, count, max_tokens)
     with TemporaryDirectory() as scratch:
         client = Client(servers, subject, Path(scratch), tokens)
         load = Load(client, program, Path(scratch), concurrency) if program else None
@@ -157,9 +164,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def side_by_side(subject: Subject, servers: Servers, scratch: Path, repeats: int) -> list[dict[str, Any]]:
     """Tokens per second up to EOS, median of `repeats` in turn, and the share of responses equal to the first one's."""
-    threads = bench_sample.threads()
     here, there = subject.sampler(BATCH), served(subject, servers, scratch)
-    greedy = transformers_generate(subject.files.directory, subject.files.eos_ids, threads)
+    greedy = transformers_generate(subject.files.directory, subject.files.eos_ids, threads())
     answers: dict[str, Generate] = {
         name: lambda requests, limit, sampler=sampler: [
             r.ids for r in sampler.sample(requests, SamplingConfig(temperature=0.0, max_tokens=limit))

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mpd_jax.bench_sample import Subject, open_subject
+from mpd_jax.bench.sample import Subject, open_subject
 from mpd_jax.recipe.loss import LossConfig, fused_bucket_divergence, fused_divergence
 from mpd_jax.sampling.sampler import Response, SamplingConfig
 from mpd_jax.types import UserError
