@@ -1,6 +1,7 @@
 """A run's state on disk: the same bits back, onto any mesh, and never half a checkpoint."""
 
 import gc
+import json
 import math
 import os
 import re
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mpd_jax.sharding import MeshConfig, make_mesh
 from mpd_jax.train.checkpoint import Checkpoints
@@ -346,6 +348,14 @@ def test_a_checkpoint_that_one_of_two_processes_cannot_read_is_put_aside_by_both
     lines = [[line for line in text.splitlines() if "Gloo" not in line] for text in (said, other[1])]
     assert lines == [["going on from step 3 instead", "3 3 True 1 2"], ["3 3 True 1 2"]]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4", "damaged-4"]
+    place = NamedSharding(
+        make_mesh(MeshConfig(1, 8, 1)), PartitionSpec("fsdp")
+    )  # one process goes on, on eight devices
+    array = jax.device_put(jnp.arange(64.0), place)
+    state = RunState({"w": array}, {"m": array}, None, 4, 5, {})
+    alone = Checkpoints(tmp_path, keep=2)
+    assert_equal(alone.restore(abstract(state)), state)
+    alone.close()
 
 
 def damage(checkpoint: Path, how: str) -> None:
@@ -359,12 +369,17 @@ def damage(checkpoint: Path, how: str) -> None:
         largest = max(files, key=lambda path: path.stat().st_size)
         whole = largest.read_bytes()
         half = len(whole) // 2
-        largest.write_bytes(whole[:half] if how == "cut short" else whole[:half] + b"\0" * (len(whole) - half))
+        rest = {
+            "cut short": b"",
+            "zeros": b"\0" * (len(whole) - half),
+            "a bit": bytes([whole[half] ^ 4]) + whole[half + 1 :],
+        }
+        largest.write_bytes(whole[:half] + rest[how])
 
 
 # Orbax leaves coroutines behind when one array of several cannot be read.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("how", ["no metadata", "no arrays", "cut short", "zeros"])
+@pytest.mark.parametrize("how", ["no metadata", "no arrays", "cut short", "zeros", "a bit"])
 def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_used(tmp_path, opened, how):
     saved = opened(tmp_path, keep=3)
     state = make_state(self_copy=False)
@@ -378,7 +393,7 @@ def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_used(tmp_
     assert "checkpoints/4 cannot be read" in told[0] and (saved.directory / "4").exists()
     again = opened(tmp_path, keep=3, say=told.append)
     assert_equal(again.restore(abstract(state)), state._replace(step=3))
-    assert re.search(r"checkpoints/4 cannot be read \(\w+\) and is now .*damaged-4; going on from step 3", told[1])
+    assert re.search(r"checkpoints/4 cannot be read \([\w ]+\) and is now .*damaged-4; going on from step 3", told[1])
     assert sorted(os.listdir(saved.directory)) == ["2", "3", "damaged-4"] and again.latest() == 3
     again.save(state._replace(step=4))
     again.wait()
@@ -386,6 +401,17 @@ def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_used(tmp_
     damage(saved.directory / "4", how)
     assert opened(tmp_path, keep=3, say=told.append).restore(abstract(state)).step == 3
     assert sorted(os.listdir(saved.directory)) == ["2", "3", "damaged-4", "damaged-4-1"]
+
+
+def test_a_checkpoint_from_before_there_were_digests_is_read(tmp_path, opened):
+    saved, state = opened(tmp_path, keep=1), make_state(self_copy=False)
+    saved.save(state)
+    saved.wait()
+    path = saved.directory / "3" / "run" / "metadata"
+    run = json.loads(path.read_text())
+    assert len(run.pop("digests")) == len(jax.tree.leaves((state.weights, state.opt_state)))
+    path.write_text(json.dumps(run))
+    assert_equal(opened(tmp_path, keep=1).restore(abstract(state)), state)
 
 
 def test_no_checkpoint_that_can_be_read_is_refused_and_nothing_is_moved(tmp_path, opened):

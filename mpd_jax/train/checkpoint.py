@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
@@ -133,16 +134,14 @@ class Checkpoints:
         good: whether a rollback may come to it; else those that one may come to stay beside it."""
         arrays = to_dicts(state)
         self._suspect = self._suspect - {state.step} if good else {*self._suspect, state.step}
+        run = {"step": state.step, "seed": state.seed, "memory": state.memory, "digests": digests(arrays)}
         with _saying(self.directory, "written"):
             self._manager.wait_until_finished()
             _require_room(self.directory, arrays)
             self._saving = state.step
             self._manager.save(
                 state.step,
-                args=ocp.args.Composite(
-                    arrays=ocp.args.StandardSave(arrays),
-                    run=ocp.args.JsonSave({"step": state.step, "seed": state.seed, "memory": state.memory}),
-                ),
+                args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave(run)),
             )
 
     def restore(self, like: RunState) -> RunState | None:
@@ -246,9 +245,9 @@ class Checkpoints:
 
     def _read(self, step: int, like: RunState) -> tuple[RunState | None, str | None]:
         """The state after `step` updates, or what any process found wrong with it: each reads its own shards only."""
-        state, problem = None, None
+        state, saved, problem = None, None, None
         try:
-            state = self._read_own(epath.Path(self.directory / str(step)), like)
+            state, saved = self._read_own(epath.Path(self.directory / str(step)), like)
         except UserError:
             raise
         except (jax.errors.JaxRuntimeError, MemoryError, PermissionError):  # not the checkpoint's fault
@@ -257,9 +256,13 @@ class Checkpoints:
             problem = type(error).__name__
             files.is_file(self.directory / str(step) / "run" / "metadata")  # tells if it is the network's
         problem = next((other for other in hosts.gather(problem) if other is not None), None)
-        return (state, None) if problem is None else (None, problem)
+        if state is None or problem is not None:
+            return None, problem
+        # Neither Orbax nor its storage layer would know: a changed byte is an array like any other to them.
+        changed = saved is not None and saved != digests(to_dicts(state))
+        return (None, "other bytes than were saved") if changed else (state, None)
 
-    def _read_own(self, where: epath.Path, like: RunState) -> RunState:
+    def _read_own(self, where: epath.Path, like: RunState) -> tuple[RunState, dict[str, int] | None]:
         """Not through Orbax's manager: its processes wait for each other, and one that fails never comes."""
         run = self._run.restore(where / "run")
         if run["seed"] != like.seed:
@@ -272,7 +275,7 @@ class Checkpoints:
         args = ocp.args.StandardRestore(jax.tree.map(_abstract, wanted))
         state = from_dicts(self._arrays.restore(where / "arrays", args=args), like)
         memory = {**like.memory, **run["memory"], **self.memory_at(run["step"])}
-        return state._replace(step=run["step"], memory=memory)
+        return state._replace(step=run["step"], memory=memory), run.get("digests")
 
     def wait(self) -> None:
         """Until the open save, if there is one, is complete."""
@@ -341,6 +344,26 @@ def _require_room(directory: AnyPath, arrays: PyTree) -> None:
     needed, free = sum(x.nbytes for x in jax.tree.leaves(arrays)), shutil.disk_usage(directory).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes needed, {free:,} left")
+
+
+def digests(arrays: PyTree) -> dict[str, int]:
+    """Of every array, by its dotted name, a number that no one changed element leaves as it is, on any mesh."""
+    return {_name(path): int(x) for path, x in jax.tree_util.tree_leaves_with_path(jax.device_get(_digests(arrays)))}
+
+
+@jax.jit
+def _digests(arrays: PyTree) -> PyTree:
+    """Sums of the elements' bits, each times an odd number of its place, modulo 2^32: exact in any order. One program:
+    CPU devices that meet in several at once were seen to wait for each other for ever."""
+
+    def digest(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(digest, arrays)
 
 
 def _name(path: tuple) -> str:
