@@ -131,8 +131,8 @@ def require_what_is_read(recipe: Recipe, problems: Sequence[Problem]) -> None:
             write.worked_response(problem)
 
 
-def check_sizes(config: RunConfig, roles: Roles, mesh: Mesh, *problems: Sequence[Problem]) -> None:
-    """Step 4: what would otherwise fail in the middle of a run."""
+def check_lengths(config: RunConfig, roles: Roles) -> None:
+    """Of step 4 what no problem is needed for."""
     reading = [files for files in (roles.student, roles.target(config.recipe)) if files]
     for files in reading:
         window = files.model.config.max_position_embeddings
@@ -146,6 +146,11 @@ def check_sizes(config: RunConfig, roles: Roles, mesh: Mesh, *problems: Sequence
             f"train.max_length: {config.train.max_length} tokens of prompt and response leave no room for a response "
             f"beside sampling.prompt_tokens = {config.sampling.prompt_tokens}; raise train.max_length"
         )
+
+
+def check_sizes(config: RunConfig, roles: Roles, *problems: Sequence[Problem]) -> None:
+    """Step 4: what would otherwise fail in the middle of a run."""
+    check_lengths(config, roles)
     # A prompt's tokens grow with its characters; rendering every problem of a large set would take minutes.
     for problem in (problem for part in problems for problem in longest(part, 256)):
         length = len(roles.student.chat.prompt("plain", problem))
@@ -208,7 +213,7 @@ def build(
     training, heldout = (read_problems(config.problems, split, say) for split in ("train", "heldout"))
     refuse_overlap(training, heldout)
     require_what_is_read(config.recipe, training)
-    check_sizes(config, roles, mesh, training, heldout[: config.eval.problems])
+    check_sizes(config, roles, training, heldout[: config.eval.problems])
     dealt = ProblemSet(training, config.run.seed, config.train.batch_size)
     if len(dealt.shares) > 1:
         say(f"problems.train: of each step {', '.join(f'{name} {part:.1%}' for name, part in dealt.shares.items())}")

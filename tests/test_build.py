@@ -8,7 +8,6 @@ from mpd_jax import build, config, hosts
 from mpd_jax.build import check_sizes, require_what_is_read
 from mpd_jax.named import source
 from mpd_jax.roles import ModelFiles, open_roles
-from mpd_jax.sharding import make_mesh
 from mpd_jax.types import Problem, UserError
 from tests.e2e.tiny import QUICKSTART, SMALL
 
@@ -23,10 +22,10 @@ from tests.e2e.tiny import QUICKSTART, SMALL
 )
 def test_sizes_that_cannot_work_are_told_before_the_run(override, told):
     settings = config.load(QUICKSTART, [override])
-    mesh, roles = make_mesh(settings.mesh), open_roles(settings)
+    roles = open_roles(settings)
     problems = build.read_problems(settings.problems, "heldout")
     with pytest.raises(UserError, match=told):
-        check_sizes(settings, roles, mesh, problems)
+        check_sizes(settings, roles, problems)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,11 @@ from mpd_jax.models.lora import Adapted, LoraConfig
 from mpd_jax.plan import chips, command, flops
 from mpd_jax.plan.chips import GiB, local_bytes
 from mpd_jax.plan.collectives import sent_bytes
+from mpd_jax.plan.measure import Measured
 from mpd_jax.plan.phases import phases
+from mpd_jax.plan.remedies import remedies
 from mpd_jax.recipe.loss import LossConfig
-from mpd_jax.roles import open_roles
+from mpd_jax.roles import assign_roles, open_roles
 from mpd_jax.sampling.sampler import Request, SamplingConfig
 from mpd_jax.sharding import make_mesh
 from mpd_jax.train.state import TrainConfig, Trained, init_opt_state, optimiser
@@ -238,6 +240,45 @@ def test_a_plan_that_does_not_fit_exits_1_and_names_what_to_change():
     assert any("set student.remat=full" in line for line in result["remedies"])
     code, result = plan(str(ROOT / "configs/mpd_full.yaml"), "--topology", "a100:8", "sampling.slots=256")
     assert any("set sampling.slots=128" in line for line in result["remedies"])
+
+
+def test_a_target_that_reads_rewrites_is_planned_without_a_tokenizer():
+    _, result = plan(str(ROOT / "configs/trd.yaml"), "--topology", "h200:8")
+    assert {"rewrite decode", "train"} <= {phase["name"] for phase in result["phases"]}
+
+
+def test_lengths_that_cannot_work_are_told_by_the_plan_too():
+    with pytest.raises(UserError, match=r"train.max_length: 96 tokens .* leave no room"):
+        command.run(config.load(QUICKSTART, ["train.max_length=96"]), "h100:8", json=True)
+
+
+def asked(part: str, mesh: list[str], overrides: list[str], kind: str = "train", **of: float) -> str:
+    """The remedy for a part that is too large, of MPD's full training on 8 chips."""
+    settings = config.load(ROOT / "configs/mpd_full.yaml", [*overrides, *mesh])
+    roles = assign_roles(settings, command.opener(lambda text: None, "gpu"))
+    sizes = {"rows": 8, "response": 10_000, "student_length": 11_024, "target_length": 11_024}
+    parts = {"optimiser": 10.0 * GiB, "temporaries": 40.0 * GiB, part: 60.0 * GiB} | of
+    phase = Measured("phase", kind, parts, 16.0 * GiB, sizes=sizes)
+    lines = remedies([phase], settings, roles, make_mesh(settings.mesh))
+    return next(line for line in lines if f" of {part}: " in line)
+
+
+def test_a_remedy_names_sizes_that_make_the_mesh():
+    found = asked("decode copies", ["mesh.fsdp=4", "mesh.tensor=2"], [])
+    assert "set mesh.tensor=4 mesh.fsdp=2 " in found
+    assert "every chip is in it" in asked("decode copies", ["mesh.fsdp=1", "mesh.tensor=8"], [])
+    assert "set mesh.data=1 mesh.fsdp=8" in asked("decode copies", ["mesh.data=8", "mesh.fsdp=1"], [])
+
+
+def test_a_remedy_for_the_step_is_one_that_helps():
+    one, full = ["train.micro_batches=1"], ["student.remat=full"]
+    eight = ["mesh.fsdp=8"]
+    assert "more chips" in asked("temporaries", eight, [*one, *full], optimiser=100.0 * GiB)
+    assert "set train.micro_batches=8" in asked("temporaries", ["mesh.fsdp=1", "mesh.tensor=8"], [*one, *full])
+    split = ["mesh.fsdp=2", "mesh.tensor=4"]
+    last = asked("temporaries", ["mesh.fsdp=1", "mesh.tensor=8"], ["train.micro_batches=8", *full])
+    assert "set train.max_length=5512 " in last, "half of what is trained on, not of what might be"
+    assert "mesh.tensor=8 mesh.fsdp=1" in asked("temporaries", split, ["train.micro_batches=4", *full])
 
 
 @pytest.mark.parametrize(

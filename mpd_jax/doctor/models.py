@@ -35,7 +35,7 @@ def problems(config: RunConfig, roles: Roles, mesh: Mesh) -> Row:
         training, heldout = (build.read_problems(config.problems, split, said.append) for split in ("train", "heldout"))
         build.refuse_overlap(training, heldout)
         build.require_what_is_read(config.recipe, training)
-        build.check_sizes(config, roles, mesh, training, heldout[: config.eval.problems])
+        build.check_sizes(config, roles, training, heldout[: config.eval.problems])
         windows = ", ".join(f"{f.key} {f.model.config.max_position_embeddings:,}" for f in named(roles))
         seen = (
             f"{len(training):,} to train on, {len(heldout):,} held out; train.max_length {config.train.max_length:,}, "

@@ -16,6 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from rich.console import Console
 from rich.table import Table
 
+from mpd_jax.build import check_lengths
 from mpd_jax.config import RunConfig
 from mpd_jax.data.chat import Chat
 from mpd_jax.data.contexts import Contexts
@@ -43,9 +44,11 @@ ASSUMED = (
 
 @dataclass(frozen=True)
 class Size:
-    """Stands in for a tokenizer: a plan needs its size alone."""
+    """Stands in for a tokenizer: a plan needs its size, and two ids that an update may have to exchange."""
 
     vocab_size: int
+    closing: int = 0
+    delimiter: int = 1
 
 
 def known_shapes() -> dict[str, Any]:
@@ -103,6 +106,7 @@ def run(config: RunConfig, text: str, json: bool = False) -> dict[str, Any]:
     devices = chips.devices(topology, say)
     mesh = make_mesh(config.mesh, devices)
     roles = assign_roles(config, opener(say, "tpu" if topology.chip.tpu else "gpu"))
+    check_lengths(config, roles)
     measured = []
     for phase in phases(config, roles, mesh, elsewhere=not topology.chip.tpu):
         if not json and topology.chip.tpu and phase.program:
