@@ -27,6 +27,7 @@ from mpd_jax.eval.grade import GraderPool
 from mpd_jax.files import AnyPath, Lines
 from mpd_jax.named import source
 from mpd_jax.recipe import keep, target, write
+from mpd_jax.recipe.loss import fused_divergence
 from mpd_jax.recipe.recipe import Recipe
 from mpd_jax.roles import ModelFiles, Roles, open_model, open_roles
 from mpd_jax.rollouts import Progress, recipe_parts, share_right
@@ -53,7 +54,7 @@ from mpd_jax.train.state import (
     optimiser,
     trained_shardings,
 )
-from mpd_jax.train.step import Out, Update, make_update
+from mpd_jax.train.step import Divergence, Out, Update, make_update
 from mpd_jax.types import Batch, Problem, UserError
 
 TINY_TRAINING, TINY_HELDOUT = 20_000, 2_000
@@ -306,7 +307,7 @@ def build(
     ), state
 
 
-def update_of(config: RunConfig, roles: Roles, mesh: Mesh) -> Update:
+def update_of(config: RunConfig, roles: Roles, mesh: Mesh, divergence: Divergence = fused_divergence) -> Update:
     """The update of the run, jitted; it compiles for weights and batches that are only shapes, too."""
     target_files, vocab = roles.target_here(config.recipe), roles.student.chat.vocab_size
     return make_update(
@@ -319,6 +320,7 @@ def update_of(config: RunConfig, roles: Roles, mesh: Mesh) -> Update:
         micro_batches=config.train.micro_batches,
         exchanged=exchanged(config, roles),
         stop_ids=sorted(id for id in roles.student.eos_ids if id < vocab),
+        divergence=divergence,
     )
 
 

@@ -5,15 +5,37 @@ from typing import Annotated, Any
 
 import typer
 
-from mpd_jax.arguments import Json
+from mpd_jax.arguments import Config, Json, Overrides
 
-app = typer.Typer(no_args_is_help=True, help="Measure: the fused head, the sampler, packing, a server, scoring.")
+app = typer.Typer(
+    no_args_is_help=True, help="Measure: the train step, the fused head, the sampler, packing, a server, scoring."
+)
 
 
 def _tell(result: dict[str, Any], as_json: bool) -> None:
     """A benchmark prints its table itself, unless JSON is asked for."""
     if as_json:
         typer.echo(json.dumps(result, indent=2))
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    length: Annotated[list[int] | None, typer.Option(help="Tokens a row; repeatable.  [default: 8192]")] = None,
+    steps: Annotated[int, typer.Option(help="Timed steps at each length.")] = 5,
+    dense: Annotated[bool, typer.Option(help="The same step with dense logits, too.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Utilisation, speed and memory of the train step of CONFIG on the devices that are here, with random weights.
+
+    train.batch_size is the number of rows; no weights are read or downloaded.
+    """
+    from mpd_jax.bench import train
+    from mpd_jax.config import load
+
+    settings = load(config, overrides or [])
+    _tell(train.run(settings, as_json, lengths=length or (8192,), steps=steps, dense=dense), as_json)
 
 
 @app.command()

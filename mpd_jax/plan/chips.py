@@ -28,7 +28,10 @@ LOCK_S = 20.0  # libtpu's own lock outlives its process by a moment
 
 @dataclass(frozen=True)
 class Chip:
-    """memory: bytes that a program may use. hbm, link: bandwidths of the memory and of all links together."""
+    """memory: bytes that a program may use. hbm, link: bandwidths of the memory and of all links together.
+
+    kinds: what JAX calls such a device.
+    """
 
     name: str
     title: str
@@ -37,6 +40,7 @@ class Chip:
     flops: float
     hbm: float
     link: float
+    kinds: tuple[str, ...] = ()
 
 
 # TPU: the tables of docs.cloud.google.com/tpu/docs/v5e, v5p and v6e. Memory is what the compiler of libtpu 0.0.42 gives
@@ -47,14 +51,15 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", "TPU v5e, 16 GiB", True, 15.75 * GiB, 197e12, 819e9, 200e9),
-        Chip("v5p", "TPU v5p, 95 GiB", True, 95.74 * GiB, 459e12, 2765e9, 600e9),
-        Chip("v6e", "TPU v6e, 32 GiB", True, 31.25 * GiB, 918e12, 1640e9, 400e9),
-        Chip("a100", "A100 SXM, 80 GB", False, 0.9 * 80 * GiB, 312e12, 2039e9, 300e9),
-        Chip("h100", "H100 SXM, 80 GB", False, 0.9 * 79.6 * GiB, 989e12, 3350e9, 450e9),
-        Chip("h200", "H200 SXM, 141 GB", False, 0.9 * 140.4 * GiB, 989e12, 4800e9, 450e9),
+        Chip("v5e", "TPU v5e, 16 GiB", True, 15.75 * GiB, 197e12, 819e9, 200e9, ("TPU v5 lite", "TPU v5e")),
+        Chip("v5p", "TPU v5p, 95 GiB", True, 95.74 * GiB, 459e12, 2765e9, 600e9, ("TPU v5", "TPU v5p")),
+        Chip("v6e", "TPU v6e, 32 GiB", True, 31.25 * GiB, 918e12, 1640e9, 400e9, ("TPU v6 lite", "TPU v6e")),
+        Chip("a100", "A100 SXM, 80 GB", False, 0.9 * 80 * GiB, 312e12, 2039e9, 300e9, ("NVIDIA A100-SXM4-80GB",)),
+        Chip("h100", "H100 SXM, 80 GB", False, 0.9 * 79.6 * GiB, 989e12, 3350e9, 450e9, ("NVIDIA H100 80GB HBM3",)),
+        Chip("h200", "H200 SXM, 141 GB", False, 0.9 * 140.4 * GiB, 989e12, 4800e9, 450e9, ("NVIDIA H200",)),
     )
 }
+BY_KIND = {kind: chip for chip in CHIPS.values() for kind in chip.kinds}
 EXAMPLES = "v5e:4x8, v5p:2x2x4, v6e:4x4 or h100:8"
 
 

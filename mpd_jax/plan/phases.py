@@ -3,7 +3,7 @@
 Arrays are shapes with places; the programs are the run's own (build.py, train/step.py, the sampler), lowered for them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,27 +162,34 @@ def trained_lengths(config: RunConfig) -> list[tuple[str, int]]:
             return [("train", rewritten), *raw]
 
 
-def longest_batch(config: RunConfig, roles: Roles, mesh: Mesh, response: int) -> Batch:
-    """The batch of a step whose every prompt and response is as long as can be, as shapes on the mesh."""
-    rows, prompt = config.train.batch_size * config.recipe.write.attempts, (0,) * config.sampling.prompt_tokens
+def longest_batch(
+    config: RunConfig, roles: Roles, mesh: Mesh, response: int, ids: Callable[[int], Sequence[int]] = lambda n: (1,) * n
+) -> Batch:
+    """The batch of a step whose every prompt and response is as long as can be. ids: gives that many token ids."""
+    rows, prompt = config.train.batch_size * config.recipe.write.attempts, config.sampling.prompt_tokens
     problems = [Problem(str(row), "") for row in range(rows)]
-    ended = "stopped" if 1 in roles.student.eos_ids else "cut"
     say = np.zeros((response, config.recipe.target.top_k), np.int32)
     top = TopK(say, say.astype(np.float32))
-    written = [Trajectory(p.id, 0, prompt, (1,) * response, "student", 0, ended, target=top) for p in problems]
+    written = []
+    for problem in problems:
+        asked, said = tuple(ids(prompt)), tuple(ids(response))
+        ended = "stopped" if said[-1] in roles.student.eos_ids else "cut"
+        written.append(Trajectory(problem.id, 0, asked, said, "student", 0, ended, target=top))
     target = roles.target(config.recipe)
     others = config.recipe.target.context not in ("plain", "concise")  # prompts that hold a text of any length
-    read = (0,) * max(len(prompt), config.train.max_length - response if others else 0)
-    reads = (lambda t: after(read, t.response)) if target else None
+    read = max(prompt, config.train.max_length - response if others else 0)
+    reads = (lambda t: after((*t.prompt, *ids(read - prompt)), t.response)) if target else None
     batch, report = batch_of(config, mesh, roles.student, target, problems, written, reads)
     assert report.trajectories == rows, f"{report.trajectories} of {rows} responses of {response} tokens have a place"
-    place = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), batch)
+    return batch
 
 
 def _train(name: str, config: RunConfig, roles: Roles, mesh: Mesh, held: Live, update: Any, response: int) -> Phase:
     student, target = roles.student.model.on(mesh), roles.target_here(config.recipe)
-    batch = longest_batch(config, roles, mesh, response)
+    place = batch_sharding(mesh)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), longest_batch(config, roles, mesh, response)
+    )
     rows, length = batch.student_tokens_BT.shape
     trained = Trained(held.state.weights, held.state.opt_state)
     sizes = {"student_length": length, "target_length": batch.target_tokens_BT.shape[1]}

@@ -30,6 +30,7 @@ POSITION_EDGES = (4, 16, 64, 256, 1024, 4096, 16384)
 
 Out = dict[str, jax.Array]
 TracedBatch = Any  # a Batch whose arrays are all on the device
+Divergence = Callable[..., tuple[jax.Array, Out]]  # with the contract of `fused_divergence`
 
 
 def response_rows(hidden_BTD: jax.Array, at_BR: jax.Array) -> jax.Array:
@@ -117,7 +118,12 @@ class Update:
 
 
 def objective_of(
-    student: Model | Adapted, loss: LossConfig, mesh: Mesh | None, vocab_size: int, stop_ids: Sequence[int]
+    student: Model | Adapted,
+    loss: LossConfig,
+    mesh: Mesh | None,
+    vocab_size: int,
+    stop_ids: Sequence[int],
+    divergence: Divergence = fused_divergence,
 ) -> Callable[..., tuple[jax.Array, Out]]:
     """(what trains, base, hidden states and head of a target on the mesh, batch) -> the weighted sum of the loss, and
     its stats for each token."""
@@ -134,9 +140,7 @@ def objective_of(
             return fused_cross_entropy(rows_RD, head_VD, label_R, weight_R, merged=merged, chunk=loss.chunk, **how)
         if target_rows is not None:
             drawn = label_R if loss.kind == "policy_gradient" else None
-            return fused_divergence(
-                rows_RD, head_VD, *target_rows, weight_R, loss=loss, label_R=drawn, merged=merged, **how
-            )
+            return divergence(rows_RD, head_VD, *target_rows, weight_R, loss=loss, label_R=drawn, merged=merged, **how)
         ids_RK, logprobs_RK = (x.reshape(-1, x.shape[-1]) for x in (batch.top_ids_BRK, batch.top_logprobs_BRK))
         return fused_bucket_divergence(rows_RD, head_VD, ids_RK, logprobs_RK, weight_R, loss=loss, **how)
 
@@ -154,13 +158,15 @@ def make_update(
     micro_batches: int = 1,
     stop_ids: Sequence[int] = (),
     exchanged: tuple[int, int] | None = None,
+    divergence: Divergence = fused_divergence,
 ) -> Update:
     """The update of a recipe. target: what is read on the mesh, None where the batch holds what servers read, or
     nobody reads and the response tokens themselves are trained on. stop_ids: those that loss.merge_stops merges.
-    exchanged: two ids that are read as each other in the target's distribution."""
+    exchanged: two ids that are read as each other in the target's distribution. divergence: how that from a target on
+    the mesh is computed."""
     student, target = student.on(mesh), target.on(mesh) if target else None
     weigh = token_weight(loss.token_weight)
-    objective = objective_of(student, loss, mesh, vocab_size, stop_ids)
+    objective = objective_of(student, loss, mesh, vocab_size, stop_ids, divergence)
     shardings = trained_shardings(student, tx, mesh) if mesh is not None else None
 
     def read(target_weights: PyTree, batch: TracedBatch) -> tuple[jax.Array, jax.Array] | None:
