@@ -19,40 +19,63 @@ from uuid import uuid4
 
 from etils import epath
 
-from mpd_jax import hosts
+from mpd_jax import files, hosts
 from mpd_jax.files import AnyPath, writing
 from mpd_jax.types import UserError
 
 NAME = ".lock"
 BEAT_S, DEAD_AFTER_S, LOOK_S = 10, 60, 2
 TIMEOUT_S = 10  # of one request
+SEEN_AFTER_S = 10  # what one host writes to a shared file system others may see with a delay
 
 
 @contextmanager
 def locked(run_dir: AnyPath, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """UserError if another process trains there. Process 0 holds the lock for all."""
+    """UserError if another process trains there, or if not all of this run see it. Process 0 holds the lock for all."""
     with ExitStack() as stack:
 
-        def lock() -> None:
+        def lock() -> str:
+            token = uuid4().hex
             if isinstance(run_dir, pathlib.Path):
-                _lock_file(run_dir, stack)
+                _lock_file(run_dir, token, stack)
             else:
                 with writing(run_dir):
                     held = _Held(run_dir, say)
                 stack.callback(held.release)
+            return token
 
-        hosts.from_main(lock)
+        _require_seen(run_dir, hosts.from_main(lock))
         yield
 
 
-def _lock_file(run_dir: pathlib.Path, stack: ExitStack) -> None:
+def _lock_file(run_dir: pathlib.Path, token: str, stack: ExitStack) -> None:
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context(open(run_dir / NAME, "w"))  # noqa: SIM115 - the stack closes it
+        file = stack.enter_context(open(run_dir / NAME, "a"))  # noqa: SIM115 - the stack closes it
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise _taken(run_dir, "another process") from None
+    with writing(run_dir):
+        file.truncate(0)
+        file.write(token)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _require_seen(run_dir: AnyPath, token: str) -> None:
+    """UserError where a process has a directory of its own in place of process 0's: no checkpoint would be whole."""
+    if hosts.alone() or not isinstance(run_dir, pathlib.Path):
+        return
+    deadline = time.monotonic() + SEEN_AFTER_S
+    while not (seen := files.read(run_dir / NAME) == token.encode()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [str(number) for number, sees in enumerate(hosts.gather(seen)) if not sees]
+    if blind:
+        raise UserError(
+            f"run.dir: process {', '.join(blind)} does not see what process 0 writes to {run_dir}; give a directory on "
+            "a file system that all hosts have mounted there, or a gs:// address"
+        )
 
 
 def _taken(run_dir: AnyPath, by: str) -> UserError:

@@ -78,6 +78,22 @@ def test_what_one_process_has_read_differently_is_refused_on_all():
         assert code == 2 and "the config: process 1 of 2 has read something else than process 0" in said
 
 
+def test_a_run_directory_that_not_all_processes_see_is_refused_before_anything_is_made(tmp_path):
+    body = f"""
+from pathlib import Path
+from mpd_jax import lock
+lock.SEEN_AFTER_S = 0.5
+for number in range(2):  # the second time another token stands there
+    with lock.locked(Path("{tmp_path}/shared")):
+        say("seen")
+with lock.locked(Path(f"{tmp_path}/{{me}}")):
+    say("not seen")
+"""
+    for number, (code, said, _) in enumerate(finish(start(body))):
+        told = f"refused run.dir: process 1 does not see what process 0 writes to {tmp_path}/{number}; give a directory"
+        assert code == 2 and said.startswith(f"seen\nseen\n{told}"), said
+
+
 def test_a_signal_to_one_process_stops_all_at_the_same_call():
     body = """
 import signal
