@@ -26,7 +26,7 @@ from mpd_jax.types import UserError
 NAME = ".lock"
 BEAT_S, DEAD_AFTER_S, LOOK_S = 10, 60, 2
 TIMEOUT_S = 10  # of one request
-SEEN_AFTER_S = 10  # what one host writes to a shared file system others may see with a delay
+SEEN_AFTER_S = 30  # what one host writes to a shared file system others may see with a delay
 
 
 @contextmanager
