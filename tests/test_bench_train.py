@@ -93,7 +93,8 @@ def test_both_forms_are_the_same_step_and_its_operations_are_the_plan_s(
     for length in lengths:
         fused, dense = found["fused", length], found["dense", length]
         assert ratios[length]["time"] == fused["seconds"] / dense["seconds"]
-        assert ratios[length]["memory"] == fused["compiled_bytes"] / dense["compiled_bytes"] < 1
+        assert ratios[length]["memory"] == fused["compiled_bytes"] / dense["compiled_bytes"]
+        assert fused["compiled_bytes"] < dense["compiled_bytes"] or changes is MIXED, "shards of so small a vocabulary"
 
 
 def too_large(trained, target_weights, batch, base, scale):
