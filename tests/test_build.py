@@ -8,6 +8,7 @@ from mpd_jax import build, config, hosts
 from mpd_jax.build import check_sizes, require_what_is_read
 from mpd_jax.named import source
 from mpd_jax.roles import ModelFiles, open_roles
+from mpd_jax.sharding import make_mesh
 from mpd_jax.types import Problem, UserError
 from tests.e2e.tiny import QUICKSTART, SMALL
 
@@ -89,3 +90,19 @@ def test_a_stop_is_obeyed_before_the_next_weights_are_read(tmp_path, monkeypatch
     with pytest.raises(hosts.Stopped, match="stopped before the run was set up, so there was nothing to save"):
         build.build(settings, tmp_path, print, print, lambda title, total: nullcontext(print))
     assert read == ["student", "teacher"][:loaded]
+
+
+def test_what_the_config_says_of_an_update_reaches_it(monkeypatch):
+    given = {}
+    monkeypatch.setattr(build, "make_update", lambda *positional, **named: given.update(named, positional=positional))
+    merged = ["recipe.loss.merge_stops=true", "train.micro_batches=4", "train.learning_rate=0.5"]
+    read = ["recipe.rewrite.how=repair", "recipe.target.context=rewrite"]
+    settings = config.load(QUICKSTART, [*SMALL, *merged, *read])
+    roles, mesh = open_roles(settings), make_mesh(settings.mesh)
+    build.update_of(settings, roles, mesh)
+    chat = roles.student.chat
+    assert given["micro_batches"] == 4 and set(given["stop_ids"]) == roles.student.eos_ids
+    assert given["exchanged"] == (chat.delimiter, chat.closing) and given["vocab_size"] == chat.vocab_size
+    assert given["positional"][2] == settings.recipe.loss and given["positional"][4] is mesh
+    build.update_of(config.load(QUICKSTART, SMALL), roles, mesh)
+    assert given["micro_batches"] == 1 and given["exchanged"] is None

@@ -30,7 +30,7 @@ from mpd_jax.roles import assign_roles, open_roles
 from mpd_jax.sampling.sampler import Request, SamplingConfig
 from mpd_jax.sharding import make_mesh
 from mpd_jax.train.state import TrainConfig, Trained, init_opt_state, optimiser
-from mpd_jax.train.step import make_update
+from mpd_jax.train.step import Update, make_update
 from mpd_jax.types import Batch, UserError
 from tests.e2e.tiny import QUICKSTART, ROOT, SMALL
 
@@ -49,7 +49,15 @@ def tiny(request):
     return settings, mesh, roles, {phase.name: phase for phase in phases(settings, roles, mesh)}
 
 
-def test_the_bytes_of_a_plan_are_those_of_the_run_it_plans(tiny, tmp_path):
+def placed(tree) -> dict:
+    """By name: shape, dtype and what each device holds of it."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): (x.shape, x.dtype, x.sharding.devices_indices_map(x.shape)) for path, x in leaves
+    }
+
+
+def test_a_plan_holds_and_lowers_what_the_run_it_plans_does(tiny, tmp_path, monkeypatch):
     settings, mesh, roles, planned = tiny
     run, state = build.build(settings, tmp_path, lambda row: None, lambda text: None, None)  # type: ignore[arg-type]
     run.load_student(state.weights, 0)
@@ -67,6 +75,14 @@ def test_the_bytes_of_a_plan_are_those_of_the_run_it_plans(tiny, tmp_path):
     assert {name: local_bytes(resident[name]) for name in real} == {n: on_one_device(x) for n, x in real.items()}
     assert local_bytes(resident["decode copies"][0]) == on_one_device(sampler._weights)
     assert set(resident) == {*real, "decode copies"}, "something is resident that was not compared"
+    lowered = []
+    monkeypatch.setattr(Update, "lower", lambda self, *trees: lowered.append(trees))
+    planned["train"].program.lower()
+    trained, target, batch, base = lowered[0]
+    given = Trained(state.weights, state.opt_state), run.parts.teacher_weights, roles.student.base(mesh)
+    assert placed((trained, target, base)) == placed(given)
+    host = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch)
+    assert placed(batch) == placed(build.update_of(settings, roles, mesh).place(host))
     run.close()
 
 
@@ -231,6 +247,15 @@ def test_a_plan_on_gpus_is_arithmetic_and_says_so():
     assert parts["decode copies"] == pytest.approx(2 * (student + teacher), rel=1e-3)
     assert parts["cache"] == pytest.approx(28 * 8 * 128 * 2 * 2 * 28024, rel=1e-2)  # one slot a GPU
     assert code == (0 if result["fits"] else 1)
+
+
+def test_on_gpus_as_many_prompts_enter_at_once_as_there_are_slots():
+    _, result = plan(
+        str(ROOT / "configs/mpd_full.yaml"), "--topology", "h200:8", "sampling.slots=64", "train.batch_size=64"
+    )
+    phase = next(phase for phase in result["phases"] if phase["name"] == "rewrite prefill")
+    room = 27_000 + 1_024  # at the least, beside the instruction
+    assert phase["sizes"]["slots"] == 64 and room / phase["sizes"]["chunk"] <= phase["times"] < 300
 
 
 def test_a_plan_that_does_not_fit_exits_1_and_names_what_to_change():

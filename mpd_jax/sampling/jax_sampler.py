@@ -227,7 +227,7 @@ class JaxSampler:
         self.vocab_size, self.dtype = vocab_size, jnp.dtype(dtype)
         self.slots = self._fitting(slots)
         spread = mesh.shape["data"] * mesh.shape["fsdp"] > 1
-        self.prefill_rows = self.slots if spread else min(prefill_rows, self.slots)
+        self._asked_rows = prefill_rows
         self.version = -1
         self.stats = Stats()
         self._weights: Any = None
@@ -236,6 +236,11 @@ class JaxSampler:
         self._reshard = jax.jit(partial(_decode_copy, model=model, dtype=self.dtype), out_shardings=layout)
         self._program = Program(model, vocab_size, self._layout(), spread, self._window())
         self._empty = jax.jit(self._new_slots, out_shardings=self._program.layout)
+
+    @property
+    def prefill_rows(self) -> int:
+        """Prompts that one prefill reads."""
+        return self.slots if self._program.spread else min(self._asked_rows, self.slots)
 
     def load(self, weights: Any, version: int) -> None:
         """Copies the weights into the decode layout and dtype. The caller's arrays may be donated afterwards."""
