@@ -124,7 +124,12 @@ def _join(coordinator: str | None, processes: int | None, process_id: int | None
 
     given = {"--coordinator": coordinator, "--processes": processes, "--process-id": process_id}
     missing = [flag for flag, value in given.items() if value is None]
-    if not missing:
+    if coordinator is not None and processes is not None and process_id is not None:
+        if not 0 <= process_id < processes:
+            raise UserError(
+                f"--process-id: {process_id} is not allowed with --processes {processes}; number them from 0 to "
+                f"{max(processes, 1) - 1}, each once"
+            )
         hosts.join(coordinator, processes, process_id)
     elif len(missing) < len(given):
         raise UserError(f"{' and '.join(missing)}: missing; the three flags of a run of several processes go together")

@@ -185,6 +185,9 @@ def _refuse_unknown_keys(tree: Any, owner: type, prefix: str) -> None:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {prefix}{near[0]!s}?" if near else f"known keys there: {', '.join(known)}"
             raise UserError(f"unknown key {prefix}{key} (value {value!r}); {hint}")
+        kinds = {hints[key], *typing.get_args(hints[key])}
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:  # pydantic would read 1 or 0
+            raise UserError(f"{prefix}{key}: {value!r} is not allowed; it must be {_allowed(hints[key])}")
         inner = _dataclass_in(hints[key])
         if inner is not None:
             _refuse_unknown_keys(value, inner, f"{prefix}{key}.")

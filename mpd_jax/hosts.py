@@ -89,6 +89,8 @@ def join(
     """
     if coordinator is not None:
         _find(coordinator, process)
+        if process == 0 and processes is not None and processes > 1:
+            print(f"waiting for {processes - 1} other processes at {coordinator}", file=sys.stderr, flush=True)
     # It would take SIGTERM, and Orbax asks it with step numbers of its own; `check` agrees on a stop instead.
     jax.config.update("jax_enable_preemption_service", False)
     # Of CPU devices alone: two programs at once would meet the other processes in two orders, and wait for ever.

@@ -7,6 +7,7 @@ A run directory holds config.yaml (resolved), metrics.jsonl, phase.log, trajecto
 import dataclasses
 import importlib.util
 import json
+import os
 import platform
 import re
 import resource
@@ -93,7 +94,7 @@ def train(settings: RunConfig, secrets: Secrets = lambda name: None) -> AnyPath:
     """Evaluate, train, evaluate again, sum up. Returns the run directory. secrets: API keys by name."""
     screen, run_dir, began = Screen(quiet=not hosts.is_main()), files.path(settings.run.dir), time.perf_counter()
     if settings.run.compile_cache:
-        keep_compiled(settings.run.compile_cache)
+        keep_compiled(settings.run.compile_cache, screen.say)
     steps = settings.train.steps
     with hosts.stoppable(screen.say), locked(run_dir, screen.say), screen.bar("training", steps) as advance:
         hosts.from_main(lambda: refuse_another_run(run_dir, settings))
@@ -153,8 +154,9 @@ def telling_what_is_saved(checkpoints: Checkpoints) -> Iterator[None]:
         raise hosts.Stopped(nothing if step is None else f"stopped and saved after step {step}") from None
 
 
-def keep_compiled(directory: str) -> None:
-    """Compiled programs are read from and written to `directory`, however small; call it before the first."""
+def keep_compiled(directory: str, say: Callable[[str], None] = lambda text: None) -> None:
+    """Compiled programs are read from and written to `directory`, however small; call it before the first. say: is told
+    of one that can only be read."""
     if "://" not in directory:
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
@@ -163,6 +165,8 @@ def keep_compiled(directory: str) -> None:
                 f"run.compile_cache: {directory} cannot be made ({error.strerror}); choose a directory that can be "
                 "written, or leave it out"
             ) from None
+        if not os.access(directory, os.W_OK | os.X_OK):
+            say(f"warning: run.compile_cache: {directory} cannot be written; programs that it lacks are not kept")
     elif not directory.startswith("gs://") or not importlib.util.find_spec("gcsfs"):
         raise UserError(
             f"run.compile_cache: {directory} is not allowed; give a directory, or a gs:// address with gcsfs installed "

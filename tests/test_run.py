@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from mpd_jax import config, hosts
+from mpd_jax import config, hosts, run
 from mpd_jax.lock import locked
 from mpd_jax.run import Judged, recorded_cost, refuse_another_run, telling_what_is_saved
 from mpd_jax.train.metrics import read_rows
@@ -164,3 +164,13 @@ def test_a_process_that_rolls_back_behind_its_start_has_gained_no_steps(tmp_path
     with recorded_cost(tmp_path, 6, 8, 0.0) as saving:
         saving(4)
     assert [row["steps"] for row in read_rows(tmp_path / "processes.jsonl")] == [0]
+
+
+def test_a_compile_cache_that_can_only_be_read_is_told(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(run.jax.config, "update", lambda key, value: None)
+    run.keep_compiled(str(tmp_path), said.append)
+    assert not said
+    monkeypatch.setattr(run.os, "access", lambda path, mode: False)  # root may write wherever it is
+    run.keep_compiled(str(tmp_path), said.append)
+    assert len(said) == 1 and f"run.compile_cache: {tmp_path} cannot be written" in said[0]

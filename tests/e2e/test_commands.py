@@ -222,6 +222,10 @@ def test_training_brings_the_student_nearer_to_its_target(tmp_path):
         (["train", QUICKSTART, "mesh.tensor=3"], "mesh"),
         (["train", QUICKSTART, "sampling.writer.max_tokens=5000"], "window"),
         (["train", QUICKSTART, "--processes", "2"], "--coordinator and --process-id: missing"),
+        (
+            ["train", QUICKSTART, "--coordinator", "host0:9000", "--processes", "2", "--process-id", "2"],
+            "--process-id: 2 is not allowed with --processes 2; number them from 0 to 1",
+        ),
         (["eval", "tiny:giant"], "tiny:student"),
         (["eval", "tiny:student", "--step", "3"], "--step: tiny:student is no run directory"),
         (["sample", "tiny:student", "--prompt", "1+1?", "--best"], "--best: tiny:student is no run directory"),
