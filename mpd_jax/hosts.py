@@ -95,8 +95,9 @@ def join(
     jax.config.update("jax_enable_preemption_service", False)
     # Of CPU devices alone: two programs at once would meet the other processes in two orders, and wait for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    ours = _last_words(lambda: _nobody_came(coordinator))
     try:
-        jax.distributed.initialize(coordinator, processes, process)
+        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=int(FIND_S))
     except (ValueError, RuntimeError) as error:
         where = coordinator or "the cluster this process was started in"
         raise UserError(
@@ -104,8 +105,29 @@ def join(
             f"({str(error).splitlines()[0]}); give every process the same --coordinator HOST:PORT (an open port of "
             "process 0's host) and --processes, and its own --process-id"
         ) from error
+    finally:
+        ctypes.CDLL(None).signal(signal.SIGABRT, None)  # as it was; until here `ours` had to live
+        del ours
     if distributed.global_state.num_processes > 1:
         _shared.watcher = _Watcher(dead_after_s)
+
+
+def _last_words(say: Callable[[], None]) -> Any:
+    """Lets `say` speak where JAX aborts this process with a stack trace. A handler in C, for Python's own would run too
+    late; it lives as long as what is returned."""
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: say())
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+    return handler
+
+
+def _nobody_came(coordinator: str | None) -> None:
+    print(
+        f"error: --processes: not all processes of the run came to {coordinator or 'process 0'} within {FIND_S:g} s; "
+        "start as many as --processes says (or the launcher's own number), at the same time",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
 
 
 def _find(coordinator: str, process: int | None) -> None:
@@ -329,18 +351,16 @@ class _Watcher(threading.Thread):
         self.start()
 
     def _explain_aborts(self) -> None:
-        """JAX aborts a process, with a stack trace, in the moment in which process 0 is gone. This has the last word:
-        a handler in C, for Python's own would run too late."""
+        """JAX aborts a process, with a stack trace, when process 0 is gone. This has the last word."""
 
-        def aborting(number: int) -> None:
+        def aborting() -> None:
             host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
             try:
                 socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
             except OSError:
                 self._give_up("0", "cannot be reached any more")
 
-        self._aborting = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborting)  # kept: the handler lives as long as this
-        ctypes.CDLL(None).signal(signal.SIGABRT, self._aborting)
+        self._aborting = _last_words(aborting)  # kept: the handler lives as long as this
 
     def _all(self, kind: str) -> dict[str, str]:
         found = self._client.key_value_dir_get(f"mpd/{kind}/")

@@ -224,3 +224,23 @@ def test_a_port_in_use_and_a_coordinator_that_is_not_there_are_told(monkeypatch)
     monkeypatch.setattr(hosts, "FIND_S", 0.0)
     with pytest.raises(UserError, match=f"nobody answers at localhost:{port}"):
         hosts.join(f"localhost:{port}", 2, 1)
+
+
+ALONE = """
+import sys
+from mpd_jax import hosts
+hosts.FIND_S = 2
+hosts.join(sys.argv[1], 2, 0)
+"""
+
+
+def test_a_process_whose_others_never_come_says_so():
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+    ran = subprocess.run(
+        [sys.executable, "-c", ALONE, f"localhost:{port}"],
+        capture_output=True, text=True, check=False, cwd=ROOT, timeout=60,
+    )  # fmt: skip
+    assert ran.returncode == 2, ran.stderr
+    assert "waiting for 1 other processes at localhost:" in ran.stderr
+    assert ran.stderr.splitlines()[-1].startswith("error: --processes: not all processes of the run came to localhost:")
