@@ -155,7 +155,7 @@ def _refuse(command: str, one_of_several: bool) -> None:
 def _launched() -> bool:
     """Whether the environment says that a launcher which JAX knows started this as one process of several."""
     there = os.environ
-    slurm = int(there.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in there
+    slurm = there.get("SLURM_NTASKS", "1") not in ("", "0", "1") and "SLURM_STEP_NODELIST" in there
     kubernetes = "KUBERNETES_SERVICE_HOST" in there and "JOB_COMPLETION_INDEX" in there
     pod = "," in there.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in there
     return slurm or kubernetes or pod

@@ -59,17 +59,19 @@ class MeshConfig:
     fsdp: int = -1
     tensor: int = 1
 
+    def __post_init__(self):
+        sizes = dict(zip(AXES, (self.data, self.fsdp, self.tensor), strict=True))
+        bad = [f"mesh.{name} = {size}" for name, size in sizes.items() if size < 1 and size != -1]
+        if bad or list(sizes.values()).count(-1) > 1:
+            raise UserError(f"{', '.join(bad) or 'mesh'}: sizes must be 1 or more, and at most one of them -1")
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of these sizes over all devices. UserError if they do not fit."""
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
-    open_axes = [name for name, size in zip(AXES, sizes, strict=True) if size == -1]
-    bad = [f"mesh.{n} = {s}" for n, s in zip(AXES, sizes, strict=True) if s < 1 and s != -1]
-    if bad or len(open_axes) > 1:
-        raise UserError(f"{', '.join(bad) or 'mesh'}: sizes must be 1 or more, and at most one of them -1")
     fixed = math.prod(size for size in sizes if size != -1)
-    if open_axes:
+    if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
         raise UserError(

@@ -414,6 +414,14 @@ def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_used(tmp_
     assert sorted(os.listdir(saved.directory)) == ["2", "3", "damaged-4", "damaged-4-1"]
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", '{"step": 3}'])
+def test_a_damaged_record_of_a_rollback_is_told(tmp_path, opened, text):
+    opened(tmp_path, keep=1)
+    (tmp_path / "checkpoints" / "left.json").write_text(text)
+    with pytest.raises(UserError, match=r"left\.json is damaged; .* remove the file"):
+        opened(tmp_path, keep=1)
+
+
 def test_a_checkpoint_from_before_there_were_digests_is_read(tmp_path, opened):
     saved, state = opened(tmp_path, keep=1), make_state(self_copy=False)
     saved.save(state)

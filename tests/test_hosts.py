@@ -194,6 +194,7 @@ def test_a_signal_is_noted_and_obeyed_at_the_next_look(number):
         ({}, False),
         ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}, False),
         ({"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "node[1-2]"}, True),
+        ({"SLURM_NTASKS": "", "SLURM_STEP_NODELIST": "node1"}, False),
         ({"SLURM_NTASKS": "8"}, False),  # a batch script's own shell, before srun
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}, True),

@@ -143,20 +143,20 @@ def test_one_mesh_size_may_be_left_open():
     assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
+@pytest.mark.parametrize("sizes", [(3, -1, 1), (16, -1, 1), (2, 2, 1)], ids=str)
+def test_mesh_sizes_that_do_not_fit_the_devices_are_refused(sizes):
+    with pytest.raises(UserError, match=r"mesh: .* x .* does not make 8 devices"):
+        make_mesh(MeshConfig(*sizes))
+
+
 @pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (MeshConfig(3, -1, 1), "3 x 2 x 1 does not make 8 devices"),
-        (MeshConfig(16, -1, 1), "does not make 8 devices"),
-        (MeshConfig(2, 2, 1), "2 x 2 x 1 does not make 8 devices"),
-        (MeshConfig(-1, -1, 1), "at most one of them -1"),
-        (MeshConfig(0, -1, 1), r"mesh\.data = 0"),
-    ],
+    ("sizes", "message"),
+    [((-1, -1, 1), "at most one of them -1"), ((0, -1, 1), r"mesh\.data = 0"), ((1, -2, 1), r"mesh\.fsdp = -2")],
     ids=str,
 )
-def test_mesh_sizes_that_do_not_fit_the_devices_are_refused(config, message):
+def test_mesh_sizes_that_fit_no_devices_are_refused_when_they_are_read(sizes, message):
     with pytest.raises(UserError, match=message):
-        make_mesh(config)
+        MeshConfig(*sizes)
 
 
 @dataclass(frozen=True)

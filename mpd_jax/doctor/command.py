@@ -63,7 +63,7 @@ def _before_training(config: RunConfig, roles: Roles, mesh: Mesh, secrets: Secre
         if row.verdict == "warn":
             say(f"warning: {row.what}: {row.words}")
     if wrong:
-        raise UserError("\n".join(row.words for row in wrong))
+        raise UserError("\n".join(dict.fromkeys(row.words for row in wrong)))
 
 
 def served(

@@ -328,13 +328,14 @@ def _read_figures(path: AnyPath) -> dict[str, Any]:
 
 
 def _read_left(path: AnyPath) -> dict[str, Any]:
-    data = files.read(path)
+    nothing, data = {"step": -1, "memory": {}, "steps": []}, files.read(path)
     try:
-        return json.loads(data) if data else {"step": -1, "memory": {}, "steps": []}
+        left = json.loads(data) if data else nothing
     except ValueError:
-        raise UserError(
-            f"run.dir: {path} is damaged; what the run had rolled back to is lost: remove the file"
-        ) from None
+        left = None
+    if not isinstance(left, dict) or set(left) != set(nothing):
+        raise UserError(f"run.dir: {path} is damaged; what the run had rolled back to is lost: remove the file")
+    return left
 
 
 def _require_room(directory: AnyPath, arrays: PyTree) -> None:
