@@ -251,6 +251,13 @@ def commands(lines: list[list[str]]) -> set[tuple[str, ...]]:
     }
 
 
+@pytest.mark.parametrize("script", ["launch.sh", "gke.sh", "slurm.sh"])
+def test_an_option_behind_config_is_refused_and_nothing_runs(world, script):
+    done = world.call(script, "configs/mpd.yaml", "--dry-run", **NEEDS[script][0])
+    one_error(done, f"--dry-run stands behind CONFIG; options of {script} go before it")
+    assert not world.noted()
+
+
 @pytest.mark.parametrize("script", VERBS)
 def test_dry_run_prints_what_a_run_runs_and_runs_nothing(world, script):
     env, words = NEEDS[script]
@@ -284,7 +291,7 @@ PARTS = {
         "tpu-vm scp ",
         "slice:mpd-jax/source.tar.gz --zone=zone-a --project=project --worker=all --recurse",
         "tpu-vm ssh slice --zone=zone-a --project=project --worker=all '--command=set -eu",
-        "venv/bin/pip install --quiet '\\''./src[tpu,gcs]'\\''",
+        "venv/bin/pip install --quiet '\\''./src[tpu,gcs,data]'\\''",
     ],
     "launch.sh": [
         "tpu-vm ssh slice --zone=zone-a --project=project --worker=all '--command=cd mpd-jax && RESTART_ON=75 bash "
@@ -449,7 +456,7 @@ def test_a_run_on_a_slice_from_request_to_deletion(world):
     assert (home / "my.yaml").read_text() == "run: {}\n" and (home / "configs/mpd.yaml").is_file()
     assert (home / "secrets.env").stat().st_mode & 0o777 == 0o600 and home.stat().st_mode & 0o777 == 0o700
     installed = [line for line in world.noted("pip") if "install" in line]
-    assert installed == [["pip", "install", "--quiet", "./src[tpu,gcs]"]]
+    assert installed == [["pip", "install", "--quiet", "./src[tpu,gcs,data]"]]
 
     # Two preemptions that saved are followed by a start each; the third goes on after the ssh has ended.
     (world.host / "mpd-jax/src/tpu_scripts/on_host.sh").write_text(

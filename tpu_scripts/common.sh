@@ -29,6 +29,13 @@ option() { # options that all scripts have; anything else is a mistake
   esac
 }
 
+settings() { # what stands behind CONFIG changes it; an option there would be mpd-jax train's, --dry-run too
+  local word
+  for word in "${@:2}"; do
+    [[ $word != -* ]] || die "$word stands behind CONFIG; options of $(basename "$0") go before it"
+  done
+}
+
 need() { # need NAME MEANING
   [ -n "${!1:-}" ] || die "$1 is not set; set it to $2, as in $1=... $(basename "$0")"
 }

@@ -39,6 +39,7 @@ need TPU_TYPE "the slice's type, such as v6e-16"
 need IMAGE "a container image in which mpd-jax is installed"
 check_secrets
 [ $# -gt 0 ] || die "CONFIG is missing; as in gke.sh configs/mpd.yaml run.dir=gs://my-bucket/runs/mpd"
+settings "$@"
 # xpk puts the command into one line of YAML and one subshell, which exec leaves to mpd-jax: SIGTERM reaches it.
 [[ $* != *$'\n'* ]] || die "a word of the command holds a line break, which xpk cannot carry"
 run xpk workload create "${where[@]}" --tpu-type="$TPU_TYPE" --num-slices="$SLICES" --docker-image="$IMAGE" \

@@ -26,6 +26,7 @@ if [ $verb = stop ]; then
   on_hosts all "cd $ON_HOST && bash src/tpu_scripts/on_host.sh stop"
 else
   [ $# -gt 0 ] || die "CONFIG is missing; as in launch.sh configs/mpd.yaml run.dir=gs://my-bucket/runs/mpd"
+  settings "$@"
   on_hosts all "cd $ON_HOST && RESTART_ON=$(quote "$RESTART_ON") bash src/tpu_scripts/on_host.sh start \
 $(quote mpd-jax train "$@")"
 fi

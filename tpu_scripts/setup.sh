@@ -9,7 +9,7 @@ ZONE=${ZONE:-}                  # required
 PROJECT=${PROJECT:-}            # gcloud's own unless set
 SOURCE=${SOURCE:-}              # a git checkout, or the address of one; the one this script is in unless set
 REF=${REF:-HEAD}                # the commit, tag or branch of SOURCE; what is not committed does not travel
-EXTRAS=${EXTRAS:-tpu,gcs}       # of the package
+EXTRAS=${EXTRAS:-tpu,gcs,data}  # of the package
 PYTHON=${PYTHON:-3.12}          # fetched where a host lacks it
 SEND=${SEND:-}                  # files and directories to copy beside it, such as "data my.yaml", parted by spaces
 SECRETS_FILE=${SECRETS_FILE:-}  # lines NAME=value (HF_TOKEN), mode 600; copied as a file, never printed

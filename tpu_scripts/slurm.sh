@@ -12,7 +12,7 @@ TIME=${TIME:-24:00:00}          # before its end the run saves and the job queue
 JOB=${JOB:-mpd-jax}             # the job's name; its output is in JOB-ID.log
 PARTITION=${PARTITION:-}        # the site's default unless set
 ACCOUNT=${ACCOUNT:-}            # likewise
-VENV=${VENV:-$PWD/.venv}        # where mpd-jax[cuda] is installed; every node sees it
+VENV=${VENV:-$PWD/.venv}        # where mpd-jax[cuda,data] is installed; every node sees it
 SECRETS_FILE=${SECRETS_FILE:-}  # lines NAME=value (HF_TOKEN), mode 600; every node sees it
 
 # shellcheck source=tpu_scripts/common.sh
@@ -31,7 +31,8 @@ case $PER in
 esac
 check_secrets
 [ $# -gt 0 ] || die "CONFIG is missing; as in slurm.sh configs/mpd.yaml run.dir=runs/mpd"
-[ -n "$DRY_RUN" ] || [ -x "$VENV/bin/mpd-jax" ] || die "VENV: no $VENV/bin/mpd-jax; pip install '.[cuda]' there"
+settings "$@"
+[ -n "$DRY_RUN" ] || [ -x "$VENV/bin/mpd-jax" ] || die "VENV: no $VENV/bin/mpd-jax; pip install '.[cuda,data]' there"
 export GPUS PER VENV SECRETS_FILE
 run sbatch --job-name="$JOB" --nodes="$NODES" --ntasks-per-node="$tasks" --gpus-per-node="$GPUS" --exclusive \
   --time="$TIME" ${CPUS:+--cpus-per-task="$CPUS"} ${PARTITION:+--partition="$PARTITION"} \

@@ -258,6 +258,7 @@ class Checkpoints:
         problem = next((other for other in hosts.gather(problem) if other is not None), None)
         if state is None or problem is not None:
             return None, problem
+        saved = hosts.from_main(lambda: saved)  # all count digests, or none
         # Neither Orbax nor its storage layer would know: a changed byte is an array like any other to them.
         changed = saved is not None and saved != digests(to_dicts(state))
         return (None, "other bytes than were saved") if changed else (state, None)
