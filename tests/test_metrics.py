@@ -7,7 +7,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 import pytest
 
-from mpd_jax.train.metrics import Clock, Metrics, PhaseLog, Seconds, device_row, read_rows, summarise
+from mpd_jax.train.metrics import Clock, Metrics, PhaseLog, Seconds, device_row, read_rows, spent, summarise
 from mpd_jax.types import Trajectory, UserError
 
 
@@ -143,3 +143,15 @@ def test_a_damaged_file_is_told_by_name(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "lo\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"run.dir: .*metrics.jsonl is damaged"):
         read_rows(tmp_path / "metrics.jsonl")
+
+
+def test_a_phase_tells_its_share_and_the_tokens_of_its_seconds():
+    seconds = Seconds({"load": 1.0, "write": 4.0, "update": 3.0, "rewrite": 0.0}, {"score": 0.5})
+    row = spent({"written_total": 100, "rewritten_total": 40, "tokens": 60}, seconds)
+    assert {name: row[f"{name}_share"] for name in ("load", "write", "rewrite", "train", "score")} == {
+        "load": 0.125, "write": 0.5, "rewrite": 0.0, "train": 0.375, "score": 0.0625,
+    }  # fmt: skip
+    assert (row["write_tokens_per_second"], row["train_tokens_per_second"]) == (25, 20)
+    assert row["score_tokens_per_second"] == 120
+    # What was over before the update beside it has no seconds of its own, and so no rate.
+    assert row["rewrite_seconds"] == 0 and "rewrite_tokens_per_second" not in row
