@@ -141,7 +141,7 @@ def resolve(tree: dict, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """A checked RunConfig from a nested mapping and overrides."""
     for override in overrides:
         tree = overridden(tree, override)
-    _refuse_unknown_keys(tree, RunConfig, "")
+    _check_keys(tree, RunConfig, "")
     try:
         config = _adapter().validate_python(tree)
     except pydantic.ValidationError as error:
@@ -175,7 +175,8 @@ def _dataclass_by_name(annotation: Any) -> type | None:
     return _dataclass_in(inner[1]) if typing.get_origin(annotation) is Mapping else None
 
 
-def _refuse_unknown_keys(tree: Any, owner: type, prefix: str) -> None:
+def _check_keys(tree: Any, owner: type, prefix: str) -> None:
+    """UserError for what pydantic would let through: a key that nobody reads, and true where a number belongs."""
     if not isinstance(tree, dict):
         return
     hints = typing.get_type_hints(owner)
@@ -186,14 +187,14 @@ def _refuse_unknown_keys(tree: Any, owner: type, prefix: str) -> None:
             hint = f"did you mean {prefix}{near[0]!s}?" if near else f"known keys there: {', '.join(known)}"
             raise UserError(f"unknown key {prefix}{key} (value {value!r}); {hint}")
         kinds = {hints[key], *typing.get_args(hints[key])}
-        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:  # pydantic would read 1 or 0
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
             raise UserError(f"{prefix}{key}: {value!r} is not allowed; it must be {_allowed(hints[key])}")
         inner = _dataclass_in(hints[key])
         if inner is not None:
-            _refuse_unknown_keys(value, inner, f"{prefix}{key}.")
+            _check_keys(value, inner, f"{prefix}{key}.")
         if (named := _dataclass_by_name(hints[key])) and isinstance(value, dict):
             for name, section in value.items():
-                _refuse_unknown_keys(section, named, f"{prefix}{key}.{name}.")
+                _check_keys(section, named, f"{prefix}{key}.{name}.")
 
 
 # What a key may hold, in plain words.
